@@ -1,0 +1,43 @@
+# Everything runs in .venv, made with plain venv and pip. PYTHON picks the interpreter (3.10 or newer).
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+OUT ?= runs/gpu
+WORKERS ?= 2
+
+.PHONY: train test test-all check gpu traffic codegen clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+train: $(VENV)/.installed  ## the main job: the same network with torch.nn's layers and with ours
+	$(BIN)/fastnorm train
+
+test: $(VENV)/.installed  ## the suite, without what is marked slow
+	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/.installed  ## the whole suite
+	$(BIN)/pytest -n $(WORKERS)
+
+check: $(VENV)/.installed  ## style, types, tests
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(MAKE) test
+
+traffic: $(VENV)/.installed  ## bytes moved by every operation, over the minimum
+	$(BIN)/python bench/traffic.py --out bench/results/traffic.md
+
+codegen: $(VENV)/.installed  ## registers, spills and vector widths of every kernel, on every target
+	$(BIN)/python bench/codegen.py --out bench/results/codegen.md
+
+gpu: $(VENV)/.installed  ## on a machine with a GPU: the gpu tests and the benchmarks, results in OUT
+	mkdir -p $(OUT)
+	$(BIN)/pytest -m gpu --junitxml=$(OUT)/tests.xml
+	$(BIN)/pytest bench --benchmark-json=$(OUT)/bench.json
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

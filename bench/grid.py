@@ -1,0 +1,115 @@
+"""The benchmark grid: every operation of the library, at the shapes of real models.
+
+The one place where a family's cases are listed. Byte counts, generated code, specialisation counts
+and benchmarks all walk `CASES`; adding a family is adding its cases, and its minimum, here.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+import fastnorm.functional as FF
+
+FORMATS = {
+    "contiguous": torch.contiguous_format,
+    "channels_last": torch.channels_last,
+    "channels_last_3d": torch.channels_last_3d,
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape; `call` makes the forward, its backward is autograd's."""
+
+    family: str
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.bfloat16
+    layout: str = "contiguous"
+    training: bool = True
+    activation: str = "identity"
+    residual: bool = False
+
+    def __str__(self) -> str:
+        mode = "train" if self.training else "eval"
+        parts = [self.family, self.name, self.layout, str(self.dtype)[6:], mode, self.activation]
+        return ", ".join(parts + ["residual"] * self.residual)
+
+    def inputs(self, device: str, seed: int = 0) -> dict[str, Tensor]:
+        """input, residual, weight, bias: those that the case has, all requiring gradients."""
+        generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
+
+        def draw(*shape: int, dtype: torch.dtype) -> Tensor:
+            if generator is None:
+                return torch.empty(shape, dtype=dtype, device=device)
+            return torch.randn(shape, generator=generator, device=device).to(dtype)
+
+        large = ["input"] + ["residual"] * self.residual
+        tensors = {
+            name: draw(*self.shape, dtype=self.dtype).to(memory_format=FORMATS[self.layout])
+            for name in large
+        }
+        for name in ("weight", "bias"):
+            tensors[name] = draw(self.shape[1], dtype=torch.float32)
+        return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+
+    def call(self, tensors: dict[str, Tensor]) -> Tensor:
+        x = tensors["input"]
+        mean = torch.zeros(self.shape[1], device=x.device)
+        return FF.batch_norm(
+            x,
+            mean,
+            torch.ones_like(mean),
+            tensors["weight"],
+            tensors["bias"],
+            self.training,
+            residual=tensors.get("residual"),
+            activation=self.activation,
+        )
+
+    @property
+    def element_bytes(self) -> int:
+        """Bytes of one tensor of the input's size: a pass over it."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def minimum_passes(self, whole: bool) -> tuple[int, int]:
+        """(forward, backward) passes of DESIGN §2; `whole`: an index set fits one program."""
+        again = 1 if self.training and not whole else 0  # x is read for the moments, then again
+        gated = 2 if self.residual and self.activation != "identity" else 0  # y in, dz out
+        return 2 + self.residual + again, 3 + 2 * again + gated
+
+
+RESNET50 = {  # the outputs of the stages, batch 256
+    "resnet50 stem": (256, 64, 112, 112),
+    "resnet50 stage 1": (256, 256, 56, 56),
+    "resnet50 stage 2": (256, 512, 28, 28),
+    "resnet50 stage 3": (256, 1024, 14, 14),
+    "resnet50 stage 4": (256, 2048, 7, 7),
+}
+
+
+def _batch_norm() -> Iterator[Case]:
+    for name, shape in RESNET50.items():
+        for layout in ("contiguous", "channels_last"):
+            case = Case("batch_norm", name, shape, layout=layout, activation="relu")
+            yield case
+            yield replace(case, residual=True)
+    yield Case("batch_norm", "resnet50 stage 1", RESNET50["resnet50 stage 1"], training=False)
+    for dtype in (torch.bfloat16, torch.float32):
+        yield Case("batch_norm", "mlp", (8192, 1024), dtype, activation="relu")
+        yield Case("batch_norm", "mlp, small batch", (256, 1024), dtype, activation="gelu")
+        for layout in ("contiguous", "channels_last_3d"):
+            shape = (2, 32, 128, 128, 128)
+            yield Case("batch_norm", "u-net 3d", shape, dtype, layout, activation="leaky_relu")
+    yield Case("batch_norm", "tiny", (8, 64), torch.float32)
+    yield replace(next(c for c in _tiny()), residual=True, activation="silu")
+
+
+def _tiny() -> Iterator[Case]:
+    yield Case("batch_norm", "one image", (1, 64, 32, 32), torch.float32, training=False)
+
+
+CASES: tuple[Case, ...] = tuple(_batch_norm())

@@ -1,0 +1,26 @@
+"""Fused normalization layers for PyTorch: Triton kernels on a GPU, PyTorch operators elsewhere."""
+
+from fastnorm import functional
+from fastnorm.backend import backend_for, use_backend
+from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastnorm.modules.linear_batch_norm import (
+    Conv1dBatchNorm,
+    Conv2dBatchNorm,
+    Conv3dBatchNorm,
+    LinearBatchNorm,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "LinearBatchNorm",
+    "Conv1dBatchNorm",
+    "Conv2dBatchNorm",
+    "Conv3dBatchNorm",
+    "functional",
+    "use_backend",
+    "backend_for",
+]

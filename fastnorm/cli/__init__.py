@@ -1,0 +1,95 @@
+"""The `fastnorm` command: finds a command's module, and turns every ending into an exit status.
+
+A command is a module of this package with `parser() -> Parser` and `run(arguments) -> int`, and an
+entry in `COMMANDS`. It is imported only when it is called, because it may need the `cli` extra.
+"""
+
+import importlib
+import importlib.util
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from fastnorm.cli.arguments import UsageError
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command's line in the help, and the packages it needs beside torch."""
+
+    summary: str
+    needs: tuple[str, ...] = ()
+
+
+COMMANDS = {
+    "train": Command(
+        "train one network twice, with torch.nn and with fastnorm layers, and compare the two",
+        needs=("rich", "matplotlib", "sklearn"),
+    ),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its status, 2 for bad arguments, 130 when interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    speaker = " ".join(["fastnorm", *(word for word in arguments[:1] if word in COMMANDS)])
+    try:
+        with _termination_unwinds():
+            return _dispatch(arguments)
+    except UsageError as error:
+        print(f"{speaker}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"{speaker}: interrupted, nothing was written", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def _dispatch(arguments: Sequence[str]) -> int:
+    names = ", ".join(COMMANDS)
+    if not arguments:
+        raise UsageError(f"argument COMMAND: missing (allowed: {names})")
+    name, *rest = arguments
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if name not in COMMANDS:
+        raise UsageError(f"argument COMMAND: invalid value {name!r} (allowed: {names})")
+    if any(importlib.util.find_spec(package) is None for package in COMMANDS[name].needs):
+        raise UsageError('packages are missing, install them by: pip install "fastnorm[cli]"')
+    command = importlib.import_module(f"fastnorm.cli.{name}")
+    status: int = command.run(command.parser().parse(rest))
+    return status
+
+
+def _overview() -> str:
+    lines = [f"  {name:<8} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fastnorm COMMAND [options]",
+            "",
+            *lines,
+            "",
+            "fastnorm COMMAND --help: its options",
+        ]
+    )
+
+
+@contextmanager
+def _termination_unwinds() -> Iterator[None]:
+    """Lets SIGTERM, as Ctrl-C does, leave through every `finally`, so that nothing half-written stays."""
+
+    def leave(number: int, frame: FrameType | None) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

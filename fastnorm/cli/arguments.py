@@ -1,0 +1,130 @@
+"""Command line arguments whose every error is one line with the argument and its allowed values."""
+
+import argparse
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+import torch
+
+
+class UsageError(Exception):
+    """What the user asked for cannot be done; `main` prints it as one line and exits with 2."""
+
+
+class Value(Protocol):
+    """The type of an argument: reads a text, and says in words what it accepts."""
+
+    @property
+    def allowed(self) -> str: ...
+
+    def __call__(self, text: str) -> object: ...
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of several words."""
+
+    words: tuple[str, ...]
+    note: str = ""
+
+    @property
+    def allowed(self) -> str:
+        return ", ".join(self.words) + self.note
+
+    def __call__(self, text: str) -> str:
+        if text not in self.words:
+            raise _invalid(text)
+        return text
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A whole number from `low` to `high`."""
+
+    low: int
+    high: int | None = None
+
+    @property
+    def allowed(self) -> str:
+        upper = "or more" if self.high is None else f"to {self.high}"
+        return f"a whole number, {self.low} {upper}"
+
+    def __call__(self, text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            raise _invalid(text) from None
+        if number < self.low or (self.high is not None and number > self.high):
+            raise _invalid(text)
+        return number
+
+
+@dataclass(frozen=True)
+class Positive:
+    """A finite number above zero."""
+
+    allowed: str = "a number above 0"
+
+    def __call__(self, text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            raise _invalid(text) from None
+        if not (math.isfinite(number) and number > 0):
+            raise _invalid(text)
+        return number
+
+
+def device_choice() -> Choice:
+    """The devices of this machine, by the names torch gives them, and `auto`."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if count == 0:
+        return Choice(("auto", "cpu"), note="; no CUDA device found")
+    return Choice(("auto", "cpu", "cuda", *(f"cuda:{index}" for index in range(count))))
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a `--device` argument; `auto` is the GPU where there is one."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that raises UsageError, with the allowed values, instead of exiting."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self._values: dict[str, Value] = {}
+
+    def option(
+        self, name: str, value: Value, *, default: object, help: str, default_help: str = ""
+    ) -> None:
+        """Adds `name`; the help line ends with the allowed values and the default."""
+        self._values[name] = value
+        shown = default_help or default
+        self.add_argument(
+            name,
+            type=value,
+            default=default,
+            metavar=name.lstrip("-").upper(),
+            help=f"{help} ({value.allowed}; default: {shown})".replace("%", "%%"),
+        )
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        known, unknown = self.parse_known_args(arguments)
+        if unknown:
+            raise UsageError(f"argument {unknown[0]}: unknown (allowed: {', '.join(self._values)})")
+        return known
+
+    def error(self, message: str) -> NoReturn:
+        named = re.match(r"argument ([^:\s]+)", message)
+        value = self._values.get(named[1]) if named else None
+        raise UsageError(f"{message} (allowed: {value.allowed})" if value else message)
+
+
+def _invalid(text: str) -> argparse.ArgumentTypeError:
+    return argparse.ArgumentTypeError(f"invalid value {text!r}")

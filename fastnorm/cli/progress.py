@@ -1,0 +1,53 @@
+"""Progress of long work: a bar on a terminal, a plain line at every tenth elsewhere."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+
+class Progress(Protocol):
+    """Counts finished steps of a known number; `note` says what is seen at this step."""
+
+    def advance(self, note: str = "") -> None: ...
+
+
+@contextmanager
+def progress(title: str, total: int, console: Console) -> Iterator[Progress]:
+    """Shows `total` steps of work under `title` while the block runs."""
+    if not console.is_interactive:
+        yield _Lines(title, total, console)
+        return
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    note = TextColumn("{task.fields[note]}")
+    with Bar(*columns, TimeRemainingColumn(), note, console=console) as bar:
+        yield _Terminal(bar, title, total)
+
+
+class _Terminal:
+    def __init__(self, bar: Bar, title: str, total: int) -> None:
+        self._bar = bar
+        self._task = bar.add_task(title, total=total, note="")
+
+    def advance(self, note: str = "") -> None:
+        self._bar.update(self._task, advance=1, note=note)
+
+
+class _Lines:
+    def __init__(self, title: str, total: int, console: Console) -> None:
+        self._title, self._total, self._console = title, total, console
+        self._done = 0
+        self._start = time.perf_counter()
+
+    def advance(self, note: str = "") -> None:
+        tenths = 10 * self._done // self._total
+        self._done += 1
+        if 10 * self._done // self._total == tenths:
+            return
+        share, seconds = self._done / self._total, time.perf_counter() - self._start
+        line = f"{self._title} {share:4.0%}  {self._done}/{self._total}  {seconds:.0f} s  {note}"
+        self._console.print(line.rstrip(), soft_wrap=True, highlight=False, markup=False)

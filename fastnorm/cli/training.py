@@ -1,0 +1,188 @@
+"""One network trained twice at once, on the same batches, with the steps of the two in turns.
+
+Whatever else the machine does hits both alike, so that their step times can be compared.
+"""
+
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean, median
+
+import torch
+from torch import Tensor, nn
+
+from fastnorm.cli.data import Images
+from fastnorm.cli.models import FASTNORM, TORCH, Model
+from fastnorm.cli.progress import Progress
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to train, and how."""
+
+    model: Model
+    images: Images  # on the device to train on
+    epochs: int
+    batch_size: int
+    lr: float
+    seed: int
+    dtype: torch.dtype  # bfloat16 is by autocast
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.train_images.device
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Full batches only: a remainder of one image would have no variance to normalize by."""
+        return len(self.images.train_labels) // self.batch_size
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """Means over one epoch's training steps, and the test set after it."""
+
+    train_loss: float
+    test_loss: float
+    test_accuracy: float
+
+
+@dataclass
+class Run:
+    """One of the two trainings: the network, its optimizer, and what was seen so far."""
+
+    name: str
+    model: nn.Module
+    plan: Plan
+    losses: list[float] = field(default_factory=list)
+    seconds: list[float] = field(default_factory=list)
+    epochs: list[Epoch] = field(default_factory=list)
+    peak_memory: int | None = None  # bytes, see peak_memory()
+
+    def __post_init__(self) -> None:
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(), self.plan.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
+        )
+        steps = self.plan.epochs * self.plan.steps_per_epoch
+        self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
+
+    def loss(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(mean cross-entropy, scores (count, classes))."""
+        mixed = self.plan.dtype is not torch.float32
+        with torch.autocast(self.plan.device.type, self.plan.dtype, enabled=mixed):
+            scores = self.model(images)
+        return nn.functional.cross_entropy(scores.float(), labels), scores
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """One timed training step: forward, backward and update."""
+        _synchronize(self.plan.device)
+        start = time.perf_counter()
+        loss, _ = self.loss(images, labels)
+        loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        _synchronize(self.plan.device)
+        self.seconds.append(time.perf_counter() - start)
+        self.losses.append(loss.item())
+        self.schedule.step()
+
+    @torch.no_grad()
+    def finish_epoch(self) -> None:
+        """Tests the network, in eval mode, and adds to `epochs`."""
+        self.model.eval()
+        labels = self.plan.images.test_labels
+        loss, scores = self.loss(self.plan.images.test_images, labels)
+        self.model.train()
+        accuracy = (scores.argmax(1) == labels).double().mean()
+        train_loss = fmean(self.losses[-self.plan.steps_per_epoch :])
+        self.epochs.append(Epoch(train_loss, loss.item(), accuracy.item()))
+
+    @property
+    def median_seconds(self) -> float:
+        return median(self.seconds)
+
+    @property
+    def samples_per_second(self) -> float:
+        return self.plan.batch_size / self.median_seconds
+
+
+def start(plan: Plan) -> tuple[Run, Run]:
+    """The torch.nn run and the fastnorm run, with the same initial weights."""
+    torch.manual_seed(plan.seed)
+    networks = [
+        plan.model.build(layers, plan.images.shape, plan.images.classes).to(plan.device)
+        for layers in (TORCH, FASTNORM)
+    ]
+    networks[1].load_state_dict(networks[0].state_dict())
+    return Run(TORCH.name, networks[0], plan), Run(FASTNORM.name, networks[1], plan)
+
+
+def batches(plan: Plan, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch of shuffled batches; the order depends on `generator` alone, not on the device."""
+    images, labels = plan.images.train_images, plan.images.train_labels
+    order = torch.randperm(len(labels), generator=generator).to(plan.device)
+    for index in range(plan.steps_per_epoch):
+        chosen = order[index * plan.batch_size : (index + 1) * plan.batch_size]
+        yield images[chosen], labels[chosen]
+
+
+def train(plan: Plan, runs: Sequence[Run], progress: Progress) -> None:
+    """Trains all `runs`, step by step in turns; who goes first changes with every step."""
+    generator = torch.Generator().manual_seed(plan.seed)
+    turns = list(runs)
+    for epoch in range(plan.epochs):
+        for images, labels in batches(plan, generator):
+            for run in turns:
+                run.step(images, labels)
+            turns.reverse()
+            losses = " ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
+            progress.advance(f"epoch {epoch + 1}/{plan.epochs}, loss: {losses}")
+        for run in runs:
+            run.finish_epoch()
+    for run in runs:
+        run.peak_memory = peak_memory(run, images, labels)
+
+
+def peak_memory(run: Run, images: Tensor, labels: Tensor) -> int | None:
+    """The most bytes that torch holds in one forward and backward, beyond what it held before.
+
+    So without weights, optimizer state and data, which are the same for all runs. None where this
+    torch was built without the profiler that counts on a CPU. Leaves gradients in the model.
+    """
+    device = run.plan.device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run.loss(images, labels)[0].backward()
+        return torch.cuda.max_memory_allocated(device) - before
+    # The profiler would greet on stderr; it asks for its log level when it is first used.
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
+    with torch.autograd.profiler.profile(profile_memory=True) as profile:
+        run.loss(images, labels)[0].backward()
+    with tempfile.TemporaryDirectory() as folder:
+        trace = Path(folder, "trace.json")
+        profile.export_chrome_trace(str(trace))
+        events = json.loads(trace.read_text())["traceEvents"]
+    allocations = [event for event in events if event.get("name") == "[memory]"]
+    held = peak = 0
+    for event in sorted(allocations, key=lambda event: event["ts"]):
+        held += event["args"]["Bytes"]
+        peak = max(peak, held)
+    return peak or None
+
+
+def largest_difference(one: Run, other: Run) -> tuple[float, int]:
+    """(the largest |loss - loss| of the two runs at one step, that step counted from 1)."""
+    difference = torch.tensor(one.losses).double() - torch.tensor(other.losses).double()
+    largest, step = difference.abs().max(0)  # NaN counts as the largest
+    return largest.item(), int(step) + 1
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,196 @@
+"""Stateless operations, one function each: check the arguments, pick a backend, call it."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastnorm import checks
+from fastnorm.backend import implementation
+
+LINEAR_ALGORITHMS = ("auto", "unfused")
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    residual: Tensor | None = None,
+    activation: str = "identity",
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    r"""Normalize each channel over the batch and all positions, then add, then activate.
+
+    .. math:: y = \mathrm{act}\Bigl(\frac{x - \mu_c}{\sqrt{\sigma_c^2 + \epsilon}}\,\gamma_c
+              + \beta_c + r\Bigr)
+
+    In training μ and σ² (biased) are those of the batch, and the buffers move by `momentum` towards
+    μ and the unbiased variance; otherwise they are the buffers.
+
+    Args:
+        input: (N, C) or (N, C, *), any floating dtype. Its memory format is kept.
+        running_mean, running_var: (C,) buffers, changed in place in training, where both may be None.
+        weight, bias: γ and β, (C,), of any floating dtype.
+        momentum: share of the batch in the buffers. A 0-dimensional tensor stays on its device.
+            None is the cumulative average 1/n with n from `num_batches_tracked`.
+        residual: r, of input's shape; the output's dtype is the promotion of both.
+        activation: "identity", "relu", "relu6", "leaky_relu" (slope 0.01), "elu", "silu", "gelu"
+            (erf), "gelu_tanh", "tanh", "sigmoid" or "hardswish".
+        num_batches_tracked: 0-dimensional integer buffer, incremented in training.
+
+    Raises:
+        ValueError: one value per channel in training; one running buffer without the other; an eps
+            that torch refuses; an unknown activation.
+        RuntimeError: a parameter, buffer or residual of the wrong size; no buffers in evaluation.
+
+    Source: Ioffe & Szegedy 2015, "Batch Normalization".
+
+    >>> import torch, fastnorm.functional as FF
+    >>> x = torch.tensor([[0.0, 10.0], [2.0, 30.0]])
+    >>> FF.batch_norm(x, None, None, training=True, eps=1e-12, activation="relu")
+    tensor([[0., 0.],
+            [1., 1.]])
+    """
+    shape = input.shape
+    checks.batch_statistics(shape, running_mean, running_var, weight, bias, training, eps)
+    if residual is not None:
+        checks.residual(residual, shape)
+    if activation != "identity":
+        checks.activation(activation)
+    if momentum is None and num_batches_tracked is None:
+        raise TypeError("momentum must be a number unless num_batches_tracked counts the batches")
+    y: Tensor = implementation(input).batch_norm(
+        input, running_mean, running_var, weight, bias,
+        training, momentum, eps, residual, activation, num_batches_tracked,
+    )  # fmt: skip
+    return y
+
+
+def linear_batch_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    activation: str = "relu",
+    algorithm: str = "auto",
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    r"""Linear layer, batch norm of its output over all leading axes, activation.
+
+    .. math:: y = \mathrm{act}\bigl(\mathrm{BN}_{\gamma,\beta}(x W^\top + b)\bigr)
+
+    Args:
+        input: (*, in_features).
+        weight, bias: W (out_features, in_features) and b (out_features,).
+        norm_weight, norm_bias: γ and β, (out_features,).
+        algorithm: "auto", or "unfused": torch's product, then `batch_norm` of this library.
+        running_mean, running_var, training, momentum, eps, activation, num_batches_tracked: as in
+            `batch_norm`.
+
+    Raises:
+        ValueError, RuntimeError: as `batch_norm` and `torch.nn.functional.linear`.
+
+    >>> import torch, fastnorm.functional as FF
+    >>> x, w = torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [-2.0]])
+    >>> FF.linear_batch_norm(x, w, training=True, eps=1e-12)
+    tensor([[0., 1.],
+            [1., 0.]])
+    """
+    if input.ndim < 2 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"linear_batch_norm needs an input (*, in_features) and a weight (out_features, "
+            f"in_features), but got {list(input.shape)} and {list(weight.shape)}"
+        )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise RuntimeError(
+            f"bias should have the shape {list(weight.shape[:1])}, but got {list(bias.shape)}"
+        )
+    rows = torch.Size((input.shape[:-1].numel(), weight.shape[0]))
+    checks.batch_statistics(rows, running_mean, running_var, norm_weight, norm_bias, training, eps)
+    checks.activation(activation)
+    if algorithm not in LINEAR_ALGORITHMS:
+        raise ValueError(
+            f"algorithm must be one of {', '.join(LINEAR_ALGORITHMS)}, but got {algorithm!r}"
+        )
+    if momentum is None and num_batches_tracked is None:
+        raise TypeError("momentum must be a number unless num_batches_tracked counts the batches")
+    y: Tensor = implementation(input).linear_batch_norm(
+        input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
+        training, momentum, eps, activation, algorithm, num_batches_tracked,
+    )  # fmt: skip
+    return y
+
+
+_CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
+
+
+def conv_batch_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    norm_bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float | Tensor | None = 0.1,
+    eps: float = 1e-5,
+    *,
+    stride: int | tuple[int, ...] = 1,
+    padding: str | int | tuple[int, ...] = 0,
+    dilation: int | tuple[int, ...] = 1,
+    groups: int = 1,
+    activation: str = "relu",
+    num_batches_tracked: Tensor | None = None,
+) -> Tensor:
+    r"""Convolution (1d, 2d or 3d by the weight's rank), batch norm of its output, activation.
+
+    .. math:: y = \mathrm{act}\bigl(\mathrm{BN}_{\gamma,\beta}(W * x + b)\bigr)
+
+    Args:
+        input: (N, in_channels, *) with one to three positions' axes.
+        weight: (out_channels, in_channels / groups, *kernel_size).
+        stride, padding, dilation, groups: as in `torch.nn.functional.conv2d`.
+        the rest: as in `linear_batch_norm`.
+
+    Raises:
+        ValueError, RuntimeError: as `batch_norm` and torch's convolution.
+
+    >>> import torch, fastnorm.functional as FF
+    >>> x, w = torch.tensor([[[1.0, 3.0]]]), torch.tensor([[[2.0]]])
+    >>> FF.conv_batch_norm(x, w, training=True, eps=1e-12)
+    tensor([[[0., 1.]]])
+    """
+    if weight.ndim not in _CONVOLUTIONS or input.ndim != weight.ndim:
+        raise RuntimeError(
+            "conv_batch_norm needs an input (N, in_channels, *) and a weight (out_channels, "
+            "in_channels / groups, *kernel_size) of the same rank, 3 to 5, "
+            f"but got {list(input.shape)} and {list(weight.shape)}"
+        )
+    checks.activation(activation)
+    convolution = _CONVOLUTIONS[weight.ndim]
+    z = convolution(
+        input,
+        weight.to(input.dtype),
+        None if bias is None else bias.to(input.dtype),
+        stride,
+        padding,
+        dilation,
+        groups,
+    )
+    return batch_norm(
+        z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps,
+        activation=activation, num_batches_tracked=num_batches_tracked,
+    )  # fmt: skip

@@ -1,0 +1,1 @@
+"""nn.Modules: parameters and buffers, no tensor arithmetic; one file a family."""

@@ -1,0 +1,148 @@
+"""LinearBatchNorm, and the same after a convolution."""
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastnorm import functional
+from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+
+
+class LinearBatchNorm(torch.nn.Module):
+    r"""Linear layer, batch norm of its output, activation: `Sequential(Linear, BatchNorm1d, act)`.
+
+    .. math:: y = \mathrm{act}\bigl(\mathrm{BN}(x W^\top + b)\bigr)
+
+    Input (*, in_features), output (*, out_features), statistics over all leading axes. Submodules
+    `linear` and `norm` hold the parameters; `norm` also knows the activation. Without a bias by
+    default: batch norm removes it. Errors: `fastnorm.functional.linear_batch_norm`.
+
+    >>> import torch, fastnorm
+    >>> layer = fastnorm.LinearBatchNorm(4, 8)
+    >>> layer(torch.randn(2, 5, 4)).shape
+    torch.Size([2, 5, 8])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        self.linear = torch.nn.Linear(in_features, out_features, bias, device, dtype)
+        self.norm = BatchNorm1d(
+            out_features, eps, momentum, affine, track_running_stats, device, dtype,
+            activation=activation,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor) -> Tensor:
+        linear, norm = self.linear, self.norm
+        mean, var, training, momentum, count = norm.statistics()
+        return functional.linear_batch_norm(
+            input, linear.weight, linear.bias, mean, var, norm.weight, norm.bias,
+            training, momentum, norm.eps,
+            activation=norm.activation, num_batches_tracked=count,
+        )  # fmt: skip
+
+
+class _ConvBatchNorm(torch.nn.Module):
+    """What the three convolutions share."""
+
+    _conv: ClassVar[type[torch.nn.modules.conv._ConvNd]]
+    _norm: ClassVar[type[BatchNorm1d] | type[BatchNorm2d] | type[BatchNorm3d]]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: str | int | tuple[int, ...] = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = False,
+        eps: float = 1e-5,
+        momentum: float | None = 0.1,
+        affine: bool = True,
+        track_running_stats: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str = "relu",
+    ) -> None:
+        super().__init__()
+        conv: Any = self._conv
+        self.conv = conv(
+            in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias,
+            device=device, dtype=dtype,
+        )  # fmt: skip
+        self.norm = self._norm(
+            out_channels, eps, momentum, affine, track_running_stats, device, dtype,
+            activation=activation,
+        )  # fmt: skip
+
+    def forward(self, input: Tensor) -> Tensor:
+        conv, norm = self.conv, self.norm
+        norm.check_rank(input)
+        mean, var, training, momentum, count = norm.statistics()
+        return functional.conv_batch_norm(
+            input, conv.weight, conv.bias, mean, var, norm.weight, norm.bias,
+            training, momentum, norm.eps,
+            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
+            activation=norm.activation, num_batches_tracked=count,
+        )  # fmt: skip
+
+
+class Conv1dBatchNorm(_ConvBatchNorm):
+    r"""`Sequential(Conv1d, BatchNorm1d, act)` with submodules `conv` and `norm`.
+
+    .. math:: y = \mathrm{act}\bigl(\mathrm{BN}(W * x + b)\bigr)
+
+    Input (N, in_channels, L). Errors: `fastnorm.functional.conv_batch_norm`.
+
+    >>> import torch, fastnorm
+    >>> fastnorm.Conv1dBatchNorm(2, 4, 3)(torch.randn(2, 2, 9)).shape
+    torch.Size([2, 4, 7])
+    """
+
+    _conv, _norm = torch.nn.Conv1d, BatchNorm1d
+
+
+class Conv2dBatchNorm(_ConvBatchNorm):
+    r"""`Sequential(Conv2d, BatchNorm2d, act)` with submodules `conv` and `norm`.
+
+    .. math:: y = \mathrm{act}\bigl(\mathrm{BN}(W * x + b)\bigr)
+
+    Input (N, in_channels, H, W). Errors: `fastnorm.functional.conv_batch_norm`.
+
+    >>> import torch, fastnorm
+    >>> fastnorm.Conv2dBatchNorm(3, 8, 3, padding=1)(torch.randn(2, 3, 5, 5)).shape
+    torch.Size([2, 8, 5, 5])
+    """
+
+    _conv, _norm = torch.nn.Conv2d, BatchNorm2d
+
+
+class Conv3dBatchNorm(_ConvBatchNorm):
+    r"""`Sequential(Conv3d, BatchNorm3d, act)` with submodules `conv` and `norm`.
+
+    .. math:: y = \mathrm{act}\bigl(\mathrm{BN}(W * x + b)\bigr)
+
+    Input (N, in_channels, D, H, W). Errors: `fastnorm.functional.conv_batch_norm`.
+
+    >>> import torch, fastnorm
+    >>> fastnorm.Conv3dBatchNorm(1, 2, 1)(torch.randn(2, 1, 2, 2, 2)).shape
+    torch.Size([2, 2, 2, 2, 2])
+    """
+
+    _conv, _norm = torch.nn.Conv3d, BatchNorm3d

@@ -1,0 +1,132 @@
+"""BatchNorm as a differentiable operation: views, saved tensors, casts. No arithmetic."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm import eager
+from fastnorm.eager.activations import GRAD_FROM_OUTPUT
+from fastnorm.kernels import batch_norm as kernels
+from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of, same_device
+
+
+class BatchNormFunction(torch.autograd.Function):
+    """(input, residual, weight, bias) are differentiable; the buffers change in place."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        num_batches_tracked: Tensor | None,
+        training: bool,
+        momentum: float | Tensor,
+        eps: float,
+        activation: str,
+    ) -> Tensor:
+        x, view = channel_view(input)
+        added = None if residual is None else laid_out_as(residual, x)
+        with on_device_of(x):
+            y, stats = kernels.forward(
+                x, added, weight, bias, running_mean, running_var, num_batches_tracked,
+                training, momentum, eps, activation, view,
+            )  # fmt: skip
+        for buffer in (running_mean, running_var, num_batches_tracked):
+            if training and buffer is not None:
+                torch.autograd.graph.increment_version(buffer)
+        gate = kernels.saved_for_gate(activation, residual is not None)
+        ctx.save_for_backward(
+            x, weight, bias, stats,
+            y if gate == "output" else None,
+            added if gate == "residual" else None,
+        )  # fmt: skip
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.training, ctx.eps, ctx.activation, ctx.view = training, eps, activation, view
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats, y, residual = ctx.saved_tensors
+        dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
+        buffers_and_options = (None,) * 7
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return *_differentiable_backward(ctx, dy), *buffers_and_options
+        dz_dtype = ctx.residual_dtype if dresidual_wanted else None
+        with on_device_of(x):
+            dx, dz, dw, db = kernels.backward(
+                laid_out_as(dy, x), x, y, residual, weight, bias, stats,
+                ctx.training, ctx.activation, ctx.view,
+                (dx_wanted, dz_dtype, dw_wanted, db_wanted),
+            )  # fmt: skip
+        if dresidual_wanted and dz is None:  # nothing between the sum and the output
+            dz = dy.to(ctx.residual_dtype)
+        return dx, dz if dresidual_wanted else None, dw, db, *buffers_and_options
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The four gradients in torch operators, for second derivatives."""
+    x, weight, bias, stats, y, residual = ctx.saved_tensors
+    dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
+    activation = "identity" if y is not None else ctx.activation
+    running = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)
+    eps = ctx.eps if ctx.training else 0.0  # rstd⁻² is the variance with eps in it
+    leaves = [(t, i) for i, t in enumerate((x, residual, weight, bias)) if t is not None]
+    wanted = [(t, i) for t, i in leaves if ctx.needs_input_grad[i]]
+    gradients: list[Tensor | None] = [None] * 4
+    if wanted:
+        z = eager.batch_norm(
+            x, *running, weight, bias, ctx.training, 0.0, eps, residual, activation, None
+        )
+        found = torch.autograd.grad(
+            z, [t for t, _ in wanted], dz.to(z.dtype), create_graph=True, allow_unused=True
+        )
+        for (_, i), gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+    if ctx.needs_input_grad[1] and residual is None:
+        gradients[1] = dz.to(ctx.residual_dtype)
+    return tuple(gradients)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """`functional.batch_norm` on Triton kernels; arguments are already checked."""
+    same_device(input, residual, weight, bias, running_mean, running_var)
+    if any(b is not None and not b.is_contiguous() for b in (running_mean, running_var)):
+        return eager.batch_norm(
+            input, running_mean, running_var, weight, bias,
+            training, momentum, eps, residual, activation, num_batches_tracked,
+        )  # fmt: skip
+    if momentum is None and num_batches_tracked is not None:
+        # The cumulative average: counted before the launch, in which every channel reads the count.
+        momentum = 1.0 / num_batches_tracked.add_(1)
+        num_batches_tracked = None
+    y: Tensor = BatchNormFunction.apply(
+        input,
+        residual,
+        None if weight is None else weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        running_mean,
+        running_var,
+        num_batches_tracked,
+        training,
+        momentum,
+        eps,
+        activation,
+    )
+    return y

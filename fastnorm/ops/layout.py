@@ -1,0 +1,44 @@
+"""How the kernels see a tensor: dense, as (N, C, S) with channels outermost or innermost."""
+
+import contextlib
+
+import torch
+from torch import Tensor
+
+from fastnorm.kernels.batch_norm import ChannelView
+
+
+def channel_view(x: Tensor) -> tuple[Tensor, ChannelView]:
+    """`x`, or the one copy it takes to make it dense, and its view by channels (axis 1)."""
+    batch, channels = x.shape[:2]
+    positions = x.shape[2:].numel()
+    if x.movedim(1, -1).is_contiguous():
+        return x, ChannelView(1, channels, batch * positions, columns=True)
+    if x.is_contiguous():
+        return x, ChannelView(batch, channels, positions, columns=False)
+    if x.stride(1) == 1 and channels > 1:
+        dense = x.movedim(1, -1).contiguous().movedim(-1, 1)
+        return dense, ChannelView(1, channels, batch * positions, columns=True)
+    return x.contiguous(), ChannelView(batch, channels, positions, columns=False)
+
+
+def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
+    """`t` with the strides of the dense `x`: itself, or a copy."""
+    if t.stride() == x.stride():
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def same_device(x: Tensor, *others: Tensor | None) -> None:
+    """Raise torch's error before a kernel would read another device's memory."""
+    for other in others:
+        if other is not None and other.device != x.device:
+            raise RuntimeError(
+                "Expected all tensors to be on the same device, but found at least two devices, "
+                f"{x.device} and {other.device}!"
+            )
+
+
+def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Launches go to the current device: make it the tensor's."""
+    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

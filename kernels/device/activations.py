@@ -1,0 +1,177 @@
+"""Activations that a norm can end with, as triples of small functions.
+
+    act(z)            the activation
+    act_grad(dy, z)   dy · act′(z), from the pre-activation
+    act_grad_y(dy, y) the same from the output y = act(z), where that is possible
+
+Gradients take dy so that a closed gate gives 0 even for an infinite dy, as torch's do. Comparisons
+are written so that a NaN takes the branch it takes in torch. Kernels receive these as constexprs.
+"""
+
+import triton
+import triton.language as tl
+
+SQRT_HALF = tl.constexpr(0.7071067811865476)
+SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
+INV_SQRT_2PI = tl.constexpr(0.3989422804014327)
+GELU_CUBIC = tl.constexpr(0.044715)
+LEAKY_SLOPE = tl.constexpr(0.01)
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1 without cancellation near 0: a Taylor polynomial for |x| < 1/2."""
+    DEGREE: tl.constexpr = 18 if x.dtype == tl.float64 else 9
+    series = tl.full(x.shape, 1.0, x.dtype)
+    for k in tl.static_range(DEGREE - 1):
+        series = series * x * (1.0 / (DEGREE - k)) + 1.0
+    return tl.where(tl.abs(x) < 0.5, x * series, tl.exp(x) - 1.0)
+
+
+@triton.jit
+def tanh_(z):
+    t = expm1(-2.0 * tl.abs(z))  # in (-1, 0]: no overflow, and exact to the last bits near 0
+    magnitude = -t / (t + 2.0)
+    return tl.where(z < 0.0, -magnitude, magnitude)
+
+
+@triton.jit
+def identity(z):
+    return z
+
+
+@triton.jit
+def identity_grad(dy, z):
+    return dy
+
+
+@triton.jit
+def relu(z):
+    # max.f32 would turn NaN into 0 on a GPU; torch keeps it
+    return tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu_grad(dy, z):
+    return tl.where(z <= 0.0, 0.0, dy)
+
+
+@triton.jit
+def relu6(z):
+    low = tl.maximum(z, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(low, 6.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu6_grad(dy, z):
+    return tl.where((z <= 0.0) | (z >= 6.0), 0.0, dy)
+
+
+@triton.jit
+def leaky_relu(z):
+    return tl.where(z > 0.0, z, z * LEAKY_SLOPE)
+
+
+@triton.jit
+def leaky_relu_grad(dy, z):
+    return tl.where(z > 0.0, dy, dy * LEAKY_SLOPE)
+
+
+@triton.jit
+def elu(z):
+    return tl.where(z <= 0.0, expm1(z), z)
+
+
+@triton.jit
+def elu_grad(dy, z):
+    return tl.where(z <= 0.0, dy * tl.exp(z), dy)
+
+
+@triton.jit
+def elu_grad_y(dy, y):
+    return tl.where(y <= 0.0, dy * (y + 1.0), dy)
+
+
+@triton.jit
+def sigmoid(z):
+    return 1.0 / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def sigmoid_grad_y(dy, y):
+    return dy * (y * (1.0 - y))
+
+
+@triton.jit
+def sigmoid_grad(dy, z):
+    return sigmoid_grad_y(dy, sigmoid(z))
+
+
+@triton.jit
+def tanh_grad_y(dy, y):
+    return dy * (1.0 - y * y)
+
+
+@triton.jit
+def tanh_grad(dy, z):
+    return tanh_grad_y(dy, tanh_(z))
+
+
+@triton.jit
+def silu(z):
+    return z / (1.0 + tl.exp(-z))
+
+
+@triton.jit
+def silu_grad(dy, z):
+    s = sigmoid(z)
+    return dy * (s * (1.0 + z * (1.0 - s)))
+
+
+@triton.jit
+def gelu(z):
+    return 0.5 * z * (1.0 + tl.erf(z * SQRT_HALF))
+
+
+@triton.jit
+def gelu_grad(dy, z):
+    cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
+    return dy * (cdf + z * (INV_SQRT_2PI * tl.exp(-0.5 * z * z)))
+
+
+@triton.jit
+def gelu_tanh(z):
+    t = tanh_(SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z))
+    return 0.5 * z * (1.0 + t)
+
+
+@triton.jit
+def gelu_tanh_grad(dy, z):
+    t = tanh_(SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z))
+    dt = SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * z * z)
+    return dy * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * dt)
+
+
+@triton.jit
+def hardswish(z):
+    return z * relu6(z + 3.0) / 6.0
+
+
+@triton.jit
+def hardswish_grad(dy, z):
+    return tl.where(z <= -3.0, 0.0, tl.where(z < 3.0, dy * (z / 3.0 + 0.5), dy))
+
+
+ACTIVATIONS = {
+    "identity": (identity, identity_grad, identity_grad),
+    "relu": (relu, relu_grad, relu_grad),
+    "relu6": (relu6, relu6_grad, relu6_grad),
+    "leaky_relu": (leaky_relu, leaky_relu_grad, leaky_relu_grad),
+    "elu": (elu, elu_grad, elu_grad_y),
+    "silu": (silu, silu_grad, None),
+    "gelu": (gelu, gelu_grad, None),
+    "gelu_tanh": (gelu_tanh, gelu_tanh_grad, None),
+    "tanh": (tanh_, tanh_grad, tanh_grad_y),
+    "sigmoid": (sigmoid, sigmoid_grad, sigmoid_grad_y),
+    "hardswish": (hardswish, hardswish_grad, None),
+}

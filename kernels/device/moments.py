@@ -1,0 +1,115 @@
+"""Mean and spread that can be merged in any order, at any magnitude.
+
+A partial statistic is (count, mean, rest, std): the mean as two numbers of working precision, since
+one float32 is not enough for |mean| ≫ std, and the spread as std = √(m2 / count), since m2
+overflows for elements near 1e30. Sums of squares are formed in a unit, `scale`, which is 1 unless
+the elements are that large. Merging follows Chan et al. 1979; never E[x²] − E[x]².
+"""
+
+import triton
+import triton.language as tl
+
+HUGE = tl.constexpr(
+    2.0**48
+)  # sums of squares of anything below it stay far from float32's maximum,
+UNIT = tl.constexpr(2.0**80)  # and of anything above it in this unit; a power of two, so exact
+
+
+@triton.jit
+def is_finite(x):
+    return tl.abs(x) < float("inf")
+
+
+@triton.jit
+def finite_or_zero(x):
+    return tl.where(is_finite(x), x, 0.0)
+
+
+@triton.jit
+def sqrt(x):
+    """Correctly rounded square root."""
+    if x.dtype == tl.float64:
+        return tl.sqrt(x)
+    return tl.sqrt_rn(x)
+
+
+@triton.jit
+def scale_of(size):
+    """The unit in which numbers up to `size` are squared."""
+    return tl.where(size > HUGE, UNIT, 1.0)
+
+
+@triton.jit
+def two_sum(a, b):
+    """a + b as (high, rest), exactly (Knuth); rest is 0 where the sum is not finite."""
+    high = a + b
+    b_part = high - a
+    rest = (a - (high - b_part)) + (b - b_part)
+    return high, tl.where(is_finite(high), rest, 0.0)
+
+
+@triton.jit
+def tile_moments(x, mask, count):
+    """(mean, rest, std) over axis 0 of a whole index set held in registers, in two passes."""
+    scale = scale_of(tl.max(tl.abs(x), axis=0))
+    x = x * (1.0 / scale)[None, :]
+    mean = tl.sum(x, axis=0) / count
+    d = tl.where(mask, x - mean[None, :], 0.0)
+    rest = tl.sum(d, axis=0) / count
+    d = tl.where(mask, d - rest[None, :], 0.0)
+    std = sqrt(tl.sum(d * d, axis=0) / count)
+    mean, rest = two_sum(mean * scale, finite_or_zero(rest * scale))
+    return mean, rest, std * scale
+
+
+@triton.jit
+def welford_update(d, mask, count, mean, m2):
+    """One more element in each lane of (lanes, channels); count is (lanes, 1)."""
+    count += tl.max(mask.to(count.dtype), axis=1, keep_dims=True)
+    delta = d - mean
+    mean += tl.where(mask, delta / count, 0.0)
+    m2 += tl.where(mask, delta * (d - mean), 0.0)
+    return count, mean, m2
+
+
+@triton.jit
+def merge_lanes(count, mean, m2):
+    """(count, mean, std) over axis 0 of lane statistics; a lane's count may be 0."""
+    total = tl.sum(count, axis=0)
+    grand = tl.sum(count * mean, axis=0) / total
+    d = mean - grand[None, :]
+    return total, grand, sqrt(tl.sum(m2 + count * d * d, axis=0) / total)
+
+
+@triton.jit
+def merge_partials(count, mean, std):
+    """(count, mean, std) over axis 0 of partial statistics; count is (partials, 1), may be 0."""
+    total = tl.sum(count, axis=0)
+    grand = tl.sum(count * mean, axis=0) / total
+    d = tl.where(count > 0.0, mean - grand[None, :], 0.0)
+    scale = scale_of(tl.max(tl.maximum(tl.abs(d), std), axis=0))
+    unit = (1.0 / scale)[None, :]
+    squares = (std * unit) * (std * unit) + (d * unit) * (d * unit)
+    return total, grand, sqrt(tl.sum(count * squares, axis=0) / total) * scale
+
+
+@triton.jit
+def merge_two(count_a, mean_a, std_a, count_b, mean_b, std_b):
+    """Merge two partial statistics; count_a may be 0."""
+    count = count_a + count_b
+    share = count_b / count
+    d = mean_b - mean_a
+    scale = scale_of(tl.maximum(tl.abs(d), tl.maximum(std_a, std_b)))
+    unit = 1.0 / scale
+    a, b, e = std_a * unit, std_b * unit, d * unit
+    var = a * a * (1.0 - share) + b * b * share + e * e * (share * (1.0 - share))
+    return count, mean_a + d * share, sqrt(var) * scale
+
+
+@triton.jit
+def rstd_of(std, eps):
+    """1 / √(std² + eps), also where std² overflows."""
+    scale = scale_of(std)
+    unit = 1.0 / scale
+    scaled = std * unit
+    return unit / sqrt(scaled * scaled + eps * unit * unit)
