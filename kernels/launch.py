@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a thread
-WHOLE_ELEMENTS = 16384  # an index set up to this size is held in one program's registers
+WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
+PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,10 @@ def cdiv(a: int, b: int) -> int:
 class ChannelPlan:
     """How programs share the (N, S) index sets of C channels (see device/tiles.py)."""
 
-    whole: bool  # one tile holds an index set: one kernel does everything
     block_n: int
     block_s: int
     block_c: int
+    fold: int  # lanes that one thread sums in its registers
     align: int  # elements: S (rows) or C (columns) is a multiple of it
     num_warps: int
     tiles: int  # of one index set
@@ -78,44 +79,53 @@ class ChannelPlan:
     channel_blocks: int
 
     @property
-    def block_p(self) -> int:
-        """How many partials of its channels a program merges at a time."""
-        return max(min(4096 // self.block_c, 512), 16)
+    def whole(self) -> bool:
+        """One program owns a channel: one kernel does everything."""
+        return self.programs == 1
 
     @property
     def grid(self) -> tuple[int]:
         return (self.programs * self.channel_blocks,)
 
 
+# Merging the partials of a channel: a constant tile, so that no batch size compiles another kernel.
+MERGE_PARTIALS = 512
+MERGE_CHANNELS = 8
+MERGE_WARPS = 8
+
+
 def channel_plan(
     N: int, C: int, S: int, columns: bool, itemsize: int, device: Device
 ) -> ChannelPlan:
     """The plan for a dense (N, C, S) tensor with channels innermost (`columns`) or not."""
-    lanes = power_of_two(N) * power_of_two(S)
-    least_c = min(power_of_two(C), max(32 // itemsize, 1)) if columns else 1  # a sector of 32 bytes
-    whole = lanes * least_c * max(itemsize // 4, 1) <= WHOLE_ELEMENTS
-    if whole:
-        block_n, block_s, block_c = power_of_two(N), power_of_two(S), least_c
-        # several channels a program, while that leaves enough programs to fill the device
+    elements = TILE_BYTES // itemsize
+    sector = max(32 // itemsize, 1)  # the fewest channels whose loads waste nothing
+    whole = N * S * (sector if columns else 1) * itemsize <= WHOLE_BYTES
+    block_c = 1
+    if columns:
+        block_c = min(power_of_two(C), sector if whole else 2 * sector)
+    block_s = min(power_of_two(S), elements // block_c)
+    block_n = min(power_of_two(N), elements // (block_c * block_s)) if block_s >= S else 1
+    if whole:  # several channels a program, while that leaves enough programs to fill the device
         while (
-            lanes * block_c * 2 * itemsize <= TILE_BYTES
+            block_n * block_s * block_c * 2 <= elements
             and block_c < C
             and cdiv(C, 2 * block_c) >= 2 * device.multiprocessors
         ):
             block_c *= 2
-    else:
-        elements = TILE_BYTES // itemsize
-        block_c = min(power_of_two(C), 64 // itemsize) if columns else 1
-        block_s = min(power_of_two(S), elements // block_c)
-        block_n = min(power_of_two(N), elements // (block_c * block_s)) if block_s >= S else 1
     tiles = cdiv(N, block_n) * cdiv(S, block_s)
     channel_blocks = cdiv(C, block_c)
-    wanted = cdiv(4 * device.multiprocessors, channel_blocks)
+    wanted = (
+        1 if whole else cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, channel_blocks)
+    )
     tiles_per_program = cdiv(tiles, min(wanted, tiles))
+    lanes = block_n * block_s
+    num_warps = min(max(lanes * block_c * itemsize // (TILE_BYTES // 4), 1), 4)
     return ChannelPlan(
-        whole, block_n, block_s, block_c,
+        block_n, block_s, block_c,
+        fold=min(lanes, 4 if columns or itemsize > 2 else 8),
         align=divisor_class(C if columns else S),
-        num_warps=min(max(block_n * block_s * block_c * itemsize // (TILE_BYTES // 4), 1), 16),
+        num_warps=num_warps,
         tiles=tiles,
         programs=cdiv(tiles, tiles_per_program),
         tiles_per_program=tiles_per_program,

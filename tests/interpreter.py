@@ -32,27 +32,38 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from types import SimpleNamespace
 from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
+from triton._utils import type_canonicalisation_dict
 from triton.runtime import interpreter as upstream
 from triton.runtime.jit import TensorWrapper, _normalize_ty, mangle_type
 
 Handle = upstream.TensorHandle
 
 
-class KernelFault(AssertionError):
+class KernelFault(AssertionError):  # noqa: N818 - a verdict, as Hypothesis has Flaky
     """A kernel did what no kernel may do."""
 
 
-# --- numbers --------------------------------------------------------------------------------------
+_describe = upstream._get_np_dtype  # builds a table of all types at each call
+_numpy_types: dict[str, np.dtype[Any]] = {}
+
+
+def _numpy_type(dtype: tl.dtype) -> np.dtype[Any]:
+    """The NumPy type that holds a Triton type."""
+    name = "pointer" if dtype.scalar.is_ptr() else dtype.scalar.name
+    if name not in _numpy_types:
+        _numpy_types[name] = _describe(dtype.scalar)
+    return _numpy_types[name]
 
 
 def _values(handle: Handle) -> np.ndarray:
@@ -83,8 +94,8 @@ def _tf32(values: np.ndarray) -> np.ndarray:
 
 def _poison(shape: tuple[int, ...], dtype: tl.dtype) -> np.ndarray:
     """What a masked lane holds when the kernel did not say."""
-    kind = upstream._get_np_dtype(dtype)
-    if kind == bool:
+    kind = _numpy_type(dtype)
+    if kind.kind == "b":
         return np.zeros(shape, kind)
     if kind.kind == "f":
         return np.full(shape, np.nan, kind)
@@ -99,7 +110,7 @@ class _Builder(upstream.InterpreterBuilder):
         data = _values(src)
         if dst_type.scalar == tl.bfloat16:
             return Handle(bf16_bits(data), tl.bfloat16)
-        return Handle(data.astype(upstream._get_np_dtype(dst_type)), dst_type.scalar)
+        return Handle(data.astype(_numpy_type(dst_type)), dst_type.scalar)
 
     def create_fp_to_fp(self, src: Handle, dst_type: tl.dtype, rounding_mode: Any) -> Handle:
         types = {src.dtype.scalar, dst_type.scalar}
@@ -119,7 +130,7 @@ class _Builder(upstream.InterpreterBuilder):
         if lhs.dtype.scalar == tl.bfloat16 and output.dtype == np.float32:
             return Handle(bf16_bits(output), tl.bfloat16)
         if not upstream._validate_np_data_size(output, lhs.dtype.scalar):
-            output = output.astype(upstream._get_np_dtype(lhs.dtype.scalar))
+            output = output.astype(_numpy_type(lhs.dtype.scalar))
         return Handle(output, lhs.dtype.scalar)
 
     def create_minnumf(self, lhs: Handle, rhs: Handle) -> Handle:
@@ -151,10 +162,16 @@ class _Builder(upstream.InterpreterBuilder):
         return Handle(output.astype(d.data.dtype, copy=False), d.dtype.scalar)
 
     def create_masked_load(
-        self, ptrs: Handle, mask: Any, other: Handle | None, cache: Any, evict: Any, volatile: Any
+        self,
+        ptrs: Handle,
+        mask: Any,
+        other: Handle | None,
+        cache_modifier: Any,
+        eviction_policy: Any,
+        is_volatile: Any,
     ) -> Handle:
         dtype = ptrs.get_element_ty()
-        kind = upstream._get_np_dtype(dtype)
+        kind = _numpy_type(dtype)
         if other is not None:
             default = other.data
         elif ptrs.data.size == 1:  # triton.language drops the `other` of a scalar where it is 0
@@ -171,9 +188,9 @@ class _Builder(upstream.InterpreterBuilder):
         return Handle(data, dtype)
 
     def create_masked_store(
-        self, ptrs: Handle, value: Handle, mask: Any, cache: Any, evict: Any
+        self, ptrs: Handle, value: Handle, mask: Any, cache_modifier: Any, eviction_policy: Any
     ) -> None:
-        kind = upstream._get_np_dtype(ptrs.get_element_ty())
+        kind = _numpy_type(ptrs.get_element_ty())
         mask = mask if isinstance(mask, np.ndarray) else mask.data
         data, address = value.data, ptrs.data
         if data.dtype.itemsize != kind.itemsize:  # the native store would write that many bytes
@@ -183,9 +200,9 @@ class _Builder(upstream.InterpreterBuilder):
         upstream._interpreter.store(address, data, mask)
 
     def create_atomic_rmw(
-        self, rmwOp: Any, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any
+        self, rmw_op: Any, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any
     ) -> Handle:
-        return super().create_atomic_rmw(rmwOp, _atomic(ptr, mask.data), val, mask, sem, scope)
+        return super().create_atomic_rmw(rmw_op, _atomic(ptr, mask.data), val, mask, sem, scope)
 
     def create_atomic_cas(
         self, ptr: Handle, cmp: Handle, val: Handle, sem: Any, scope: Any
@@ -197,19 +214,19 @@ class _Builder(upstream.InterpreterBuilder):
 def _atomic(ptr: Handle, mask: np.ndarray) -> Handle:
     if _running is None:
         return ptr
-    size = upstream._get_np_dtype(ptr.get_element_ty()).itemsize
+    size = _numpy_type(ptr.get_element_ty()).itemsize
     address, chunks = _running.access("atomic", ptr.data, mask, size)
     for observer in _observers:
         observer.atomic(_running, chunks)
     return Handle(address, ptr.dtype)
 
 
-class _NotScalar(Exception):
+class _NotScalarError(Exception):
     """A combine function asked for the truth of a block."""
 
 
 class _ReduceOps(upstream.ReduceOps):
-    """Reductions with a GPU's treatment of NaN and bf16, and a tree for custom combine functions."""
+    """Reductions with a GPU's NaN and bf16, and a tree for custom combine functions."""
 
     def min_max(self, input: Any, val_reduce_op: Any, idx_reduce_op: Any = None) -> Any:
         quiet = {np.nanmax: np.fmax.reduce, np.nanmin: np.fmin.reduce}
@@ -223,10 +240,12 @@ class _ReduceOps(upstream.ReduceOps):
 
     def generic_reduce(self, input: Any) -> Any:
         global _strict_truth
+        if self.axis is not None:  # upstream's own loop takes no negative axis
+            self.axis %= input[0].handle.data.ndim
         outer, _strict_truth = _strict_truth, True
         try:
             return self._tree(input)
-        except _NotScalar:  # control flow that depends on an element
+        except _NotScalarError:  # control flow that depends on an element
             _strict_truth = outer
             return super().generic_reduce(input)
         finally:
@@ -235,7 +254,7 @@ class _ReduceOps(upstream.ReduceOps):
     def _tree(self, input: Any) -> list[Any]:
         data = [x.handle.data for x in input]
         rank = data[0].ndim
-        axis = 0 if self.axis is None else self.axis % rank
+        axis = self.axis or 0
         if self.axis is None:
             data = [d.reshape(-1) for d in data]
         while data[0].shape[axis] > 1:
@@ -249,9 +268,10 @@ class _ReduceOps(upstream.ReduceOps):
             )
             merged = self.combine_fn(*left, *right)
             merged = merged if isinstance(merged, tuple) else (merged,)
+            merged = tuple(upstream.interpreter_semantic.to_tensor(m) for m in merged)
             data = [
-                np.broadcast_to(m.handle.data, l.handle.data.shape)
-                for m, l in zip(merged, left, strict=True)
+                np.broadcast_to(m.handle.data, x.handle.data.shape)
+                for m, x in zip(merged, left, strict=True)
             ]
         if self.axis is None:
             shape: tuple[int, ...] = (1,) * rank if self.keep_dims else ()
@@ -261,8 +281,6 @@ class _ReduceOps(upstream.ReduceOps):
         return [self.to_tensor(d.reshape(shape), x.dtype) for d, x in zip(data, input, strict=True)]
 
 
-# --- the language ---------------------------------------------------------------------------------
-
 _strict_truth = False  # inside a tree reduction, `if block:` may not pass for true
 _language_depth = 0
 _language_patches: list[tuple[Any, str, Any, Any]] = []  # owner, name, compiled, interpreted
@@ -271,7 +289,7 @@ _language_patches: list[tuple[Any, str, Any, Any]] = []  # owner, name, compiled
 def _truth(tensor: tl.tensor) -> bool:
     data = tensor.handle.data
     if data.size != 1 and _strict_truth:
-        raise _NotScalar
+        raise _NotScalarError
     return bool(data.item()) if data.size == 1 else True
 
 
@@ -279,17 +297,17 @@ def _typed_range(*args: Any, **hints: Any) -> Iterator[tl.tensor]:
     """`range` whose variable has the integer type of its bounds, as the compiler gives it."""
     start, stop, step = (0, *args, 1) if len(args) == 1 else (*args, hints.get("step", 1))[:3]
     semantic = upstream.interpreter_semantic
-    first, *others = (semantic.to_tensor(bound) for bound in (start, stop, step))
-    dtype = first.dtype
-    for bound in others:
+    bounds = [semantic.to_tensor(bound) for bound in (start, stop, step)]
+    dtype = bounds[0].dtype
+    for bound in bounds[1:]:
         dtype = semantic.integer_promote_impl(dtype, bound.dtype)
-    kind = upstream._get_np_dtype(dtype)
-    for i in range(int(start), int(stop), int(step)):
+    kind = _numpy_type(dtype)
+    for i in range(*(int(bound.handle.data.item()) for bound in bounds)):
         yield tl.tensor(Handle(np.array([i], kind), dtype), dtype)
 
 
 class _Transformer(upstream.ASTTransformer):
-    def visit_For(self, node: ast.For) -> ast.For:
+    def visit_For(self, node: ast.For) -> ast.For:  # noqa: N802
         call = node.iter
         if isinstance(call, ast.Call) and isinstance(call.func, ast.Name):
             call.func.id = {"range": "_typed_range"}.get(call.func.id, call.func.id)
@@ -342,9 +360,6 @@ def _call_device_function(self: Any, *args: Any, **kwargs: Any) -> Any:
         return self.rewrite()(*args, **kwargs)
 
 
-# --- launches -------------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass(frozen=True)
 class TensorArgument:
     """A tensor as a kernel saw it."""
@@ -381,64 +396,36 @@ class Chunk(NamedTuple):
     address: np.ndarray
 
 
-@dataclasses.dataclass(frozen=True)
-class Accesses:
-    """Every unmasked lane of a launch's loads, stores or atomics, in the order they ran."""
+# One entry for each unmasked lane: its first byte, the program (in launch order; Launch.index gives
+# the grid index), the position of the argument in Launch.tensors and the bytes of an element.
+ACCESS = np.dtype([("address", "u8"), ("program", "i4"), ("argument", "i2"), ("size", "i2")])
 
-    address: np.ndarray  # uint64, of the element's first byte
-    size: np.ndarray  # uint8, bytes of the element
-    program: np.ndarray  # int32, in launch order; Launch.index gives the grid index
-    argument: np.ndarray  # int16, position in Launch.tensors
 
-    @classmethod
-    def joined(cls, chunks: list[Chunk]) -> Accesses:
-        lanes = [chunk.address.reshape(-1) for chunk in chunks]
-        counts = [lane.size for lane in lanes]
+def _gathered(chunks: list[Chunk]) -> np.ndarray:
+    accesses = np.empty(sum(chunk.address.size for chunk in chunks), ACCESS)
+    if chunks:
+        counts = [chunk.address.size for chunk in chunks]
+        accesses["address"] = np.concatenate([chunk.address.reshape(-1) for chunk in chunks])
+        for name in ("program", "argument", "size"):
+            accesses[name] = np.repeat([getattr(chunk, name) for chunk in chunks], counts)
+    return accesses
 
-        def spread(values: Iterable[int], kind: Any) -> np.ndarray:
-            return np.repeat(np.fromiter(values, kind, len(chunks)), counts)
 
-        return cls(
-            np.concatenate(lanes) if lanes else np.zeros(0, np.uint64),
-            spread((c.size for c in chunks), np.uint8),
-            spread((c.program for c in chunks), np.int32),
-            spread((c.argument for c in chunks), np.int16),
-        )
-
-    def where(self, chosen: np.ndarray) -> Accesses:
-        return self if chosen.all() else self._map(lambda field: field[chosen])
-
-    def split(self, unit: int) -> Accesses:
-        """The same bytes as elements of `unit` bytes each."""
-        if (self.size == unit).all():
-            return self
-        counts = self.size // unit
-        first = np.cumsum(counts, dtype=np.int64) - counts
-        wide = self._map(lambda field: np.repeat(field, counts))
-        step = np.arange(wide.size.size) - np.repeat(first, counts)
-        address = wide.address + (step * unit).astype(np.uint64)
-        return dataclasses.replace(wide, address=address, size=np.full_like(wide.size, unit))
-
-    def _map(self, change: Any) -> Accesses:
-        return Accesses(*(change(getattr(self, f.name)) for f in dataclasses.fields(self)))
-
-    @property
-    def raw_bytes(self) -> int:
-        return int(self.size.sum(dtype=np.int64))
-
-    @property
-    def distinct_bytes(self) -> int:
-        if not self.size.size:
-            return 0
-        unit = int(self.size.min())
-        number, count = numbered(self.split(unit).address, unit)
-        seen = np.zeros(count, bool)
-        seen[number] = True
-        return int(np.count_nonzero(seen)) * unit
+def split(accesses: np.ndarray, unit: int) -> np.ndarray:
+    """The same bytes as elements of `unit` bytes each."""
+    counts = accesses["size"] // unit
+    if (counts == 1).all():
+        return accesses
+    first = np.cumsum(counts, dtype=np.int64) - counts
+    narrow = np.repeat(accesses, counts)
+    step = np.arange(narrow.size) - np.repeat(first, counts)
+    narrow["address"] += (step * unit).astype(np.uint64)
+    narrow["size"] = unit
+    return narrow
 
 
 def numbered(address: np.ndarray, unit: int) -> tuple[np.ndarray, int]:
-    """Number the elements at the addresses from 0; return the numbers and a bound on them."""
+    """Number elements of `unit` bytes from 0; return their numbers and a bound on them."""
     number = ((address - address.min()) >> np.uint64(unit.bit_length() - 1)).view(np.int64)
     count = int(number.max()) + 1
     if count > 16 * number.size + 65536:  # far apart: an array over the gap would not fit
@@ -447,10 +434,20 @@ def numbered(address: np.ndarray, unit: int) -> tuple[np.ndarray, int]:
     return number, count
 
 
+def distinct_bytes(accesses: np.ndarray) -> int:
+    if not accesses.size:
+        return 0
+    unit = int(accesses["size"].min())
+    number, count = numbered(split(accesses, unit)["address"], unit)
+    seen = np.zeros(count, bool)
+    seen[number] = True
+    return int(np.count_nonzero(seen)) * unit
+
+
 class _Window(NamedTuple):
+    shift: int
     start: int
     stop: int
-    shift: np.uint64
 
 
 # Kernels that are watched see each argument in a window of its own, so that whatever a wrong offset
@@ -484,16 +481,23 @@ class Launch:
         return f"Launch({self.kernel}, grid={self.grid})"
 
     @cached_property
-    def loads(self) -> Accesses:
-        return Accesses.joined(self.chunks["load"])
+    def loads(self) -> np.ndarray:
+        return self.accesses("load")
 
     @cached_property
-    def stores(self) -> Accesses:
-        return Accesses.joined(self.chunks["store"])
+    def stores(self) -> np.ndarray:
+        return self.accesses("store")
 
     @cached_property
-    def atomics(self) -> Accesses:
-        return Accesses.joined(self.chunks["atomic"])
+    def atomics(self) -> np.ndarray:
+        return self.accesses("atomic")
+
+    def accesses(self, *kinds: str, arguments: Collection[int] | None = None) -> np.ndarray:
+        """Loads, stores or atomics in the order they ran, of some arguments, given by position."""
+        chunks = [chunk for kind in kinds for chunk in self.chunks[kind]]
+        if arguments is not None:
+            chunks = [chunk for chunk in chunks if chunk.argument in arguments]
+        return _gathered(chunks)
 
     @property
     def storages(self) -> list[list[int]]:
@@ -512,10 +516,11 @@ class Launch:
 
     def bytes_loaded(self, distinct: bool = True) -> int:
         """Bytes loaded; with `distinct`, an address counts once however often it is read."""
-        return self._bytes((self.loads, self.atomics), distinct)
+        return self._bytes("load", self.storages, distinct)
 
     def bytes_stored(self, distinct: bool = True) -> int:
-        return self._bytes((self.stores, self.atomics), distinct)
+        """Bytes stored; with `distinct`, an address counts once however often it is written."""
+        return self._bytes("store", self.storages, distinct)
 
     def traffic(self) -> dict[str, tuple[int, int, int, int]]:
         """(distinct loaded, distinct stored, raw loaded, raw stored) bytes of each tensor argument.
@@ -523,31 +528,21 @@ class Launch:
         An access counts for the argument whose pointer it was computed from, so that a tensor given
         twice is counted for the argument that was used.
         """
-        kinds = ((self.loads, self.atomics), (self.stores, self.atomics))
         return {
-            argument.name: tuple(
-                self._bytes(accesses, distinct, [position])
-                for distinct in (True, False)
-                for accesses in kinds
+            argument.name: (
+                self._bytes("load", [[position]], True),
+                self._bytes("store", [[position]], True),
+                self._bytes("load", [[position]], False),
+                self._bytes("store", [[position]], False),
             )
             for position, argument in enumerate(self._arguments)
         }
 
-    def _bytes(
-        self, kinds: Iterable[Accesses], distinct: bool, arguments: list[int] | None = None
-    ) -> int:
-        groups = self.storages if arguments is None else [arguments]
-        total = 0
-        for group in groups:
-            parts = [kind.where(np.isin(kind.argument, group)) for kind in kinds if kind.size.size]
-            merged = Accesses(
-                *(
-                    np.concatenate([getattr(part, f.name) for part in parts] or [np.zeros(0)])
-                    for f in dataclasses.fields(Accesses)
-                )
-            )
-            total += merged.distinct_bytes if distinct else merged.raw_bytes
-        return total
+    def _bytes(self, kind: str, groups: list[list[int]], distinct: bool) -> int:
+        """Bytes of a kind of access and of atomics, over groups of arguments that share memory."""
+        parts = (self.accesses(kind, "atomic", arguments=group) for group in groups)
+        count = distinct_bytes if distinct else (lambda part: int(part["size"].sum(dtype=np.int64)))
+        return sum(count(part) for part in parts)
 
     def admit(self, name: str, tensor: torch.Tensor) -> int:
         """Register a tensor argument and return the address that the kernel shall see."""
@@ -563,8 +558,7 @@ class Launch:
         middle = (2 * len(self._arguments) + 1) << (_WINDOW_BITS - 1)
         seen = middle + pointer % _ALIGNMENT
         first, size = (start - pointer, len(storage)) if tensor.numel() else (0, 0)
-        shift = np.uint64((pointer - seen) % 2**64)
-        self._windows.append(_Window(seen + first, seen + first + size, shift))
+        self._windows.append(_Window(pointer - seen, seen + first, seen + first + size))
         return seen
 
     def access(
@@ -578,10 +572,10 @@ class Launch:
         low, high = int(lanes.min()), int(lanes.max())
         position = (low >> _WINDOW_BITS) - 1
         if 0 <= position < len(self._windows):
-            start, stop, shift = self._windows[position]
+            shift, start, stop = self._windows[position]
             if start <= low and high + size <= stop:
-                address = pointers + shift
-                lanes = address if full else lanes + shift
+                address = pointers + np.uint64(shift % 2**64)
+                lanes = address if full else address[mask]
                 chunk = Chunk(self.program, position, size, lanes)
                 self.chunks[kind].append(chunk)
                 return address, [chunk]
@@ -597,11 +591,11 @@ class Launch:
             here = mask & (positions == position)
             if not 0 <= position < len(self._windows):
                 self._stray(kind, int(pointers[here][0]), None)
-            start, stop, shift = self._windows[position]
+            shift, start, stop = self._windows[position]
             wrong = here & ((pointers < start) | (pointers + np.uint64(size) > stop))
             if wrong.any():
-                self._stray(kind, int(pointers[wrong][0] + shift), self._arguments[position])
-            address[here] += shift
+                self._stray(kind, int(pointers[wrong][0]) + shift, self._arguments[position])
+            address[here] += np.uint64(shift % 2**64)
             chunks.append(Chunk(self.program, position, size, address[here]))
         self.chunks[kind].extend(chunks)
         return address, chunks
@@ -654,11 +648,12 @@ class _Arguments:
         if isinstance(value, bool | int | float):
             if self.launch:
                 self.launch.scalars[name] = value
-            dtype = tl.str_to_ty(annotation or mangle_type(value), None)
-            kind = upstream._get_np_dtype(dtype)
+            known = annotation in type_canonicalisation_dict.values()
+            dtype = tl.str_to_ty(annotation if known else mangle_type(value), None)
             if dtype == tl.bfloat16:
                 return tl.tensor(upstream.interpreter_builder.get_bf16(value), dtype)
-            return tl.tensor(Handle(np.array([value]).astype(kind), dtype), dtype)
+            data = np.array([value]).astype(_numpy_type(dtype))
+            return tl.tensor(Handle(data, dtype), dtype)
         if hasattr(value, "data_ptr"):
             tensor = upstream._unwrap_tensor(value)
             address = self.launch.admit(name, tensor) if self.launch else tensor.data_ptr()
@@ -671,21 +666,12 @@ class _Arguments:
         return value
 
     def _descriptor(self, name: str, value: Any) -> Any:
-        with _replaced(upstream, "_implicit_cvt", lambda part: self(name, part, "")):
-            return _implicit_cvt(value)
+        def convert(part: Any) -> Any:  # sizes and strides are no arguments of their own
+            return (self if hasattr(part, "data_ptr") else _Arguments(None))(name, part, "")
 
-
-_implicit_cvt = upstream._implicit_cvt
-
-
-@contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    original = getattr(owner, name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        setattr(owner, name, original)
+        original = upstream._implicit_cvt
+        with mock.patch.object(upstream, "_implicit_cvt", convert):
+            return original(value)
 
 
 def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -769,9 +755,6 @@ class _GridExecutor(upstream.GridExecutor):
             _running = outer
 
 
-# --- public ---------------------------------------------------------------------------------------
-
-
 def mend() -> None:
     """Repair Triton's interpreter, once for all; the module's docstring says what."""
     builder = upstream.interpreter_builder
@@ -784,6 +767,7 @@ def mend() -> None:
     )
     upstream.GridExecutor = _GridExecutor
     upstream.ReduceOps = _ReduceOps
+    upstream._get_np_dtype = _numpy_type
     upstream.InterpretedFunction.__call__ = _call_device_function
     upstream.FunctionRewriter.ast_transformer = _Transformer()
     upstream._typed_range = _typed_range  # upstream's globals become the kernels'

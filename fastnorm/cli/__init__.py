@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _termination_unwinds():
             return _dispatch(arguments)
     except UsageError as error:
-        print(f"{speaker}: {error}", file=sys.stderr)
+        print(f"{speaker}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{speaker}: interrupted, nothing was written", file=sys.stderr)
@@ -80,7 +80,7 @@ def _overview() -> str:
 
 @contextmanager
 def _termination_unwinds() -> Iterator[None]:
-    """Lets SIGTERM, as Ctrl-C does, leave through every `finally`, so that nothing half-written stays."""
+    """Lets SIGTERM leave through every `finally`, as Ctrl-C does: nothing half-written stays."""
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import NoReturn, Protocol
 
 import torch
@@ -78,6 +79,18 @@ class Positive:
         return number
 
 
+@dataclass(frozen=True)
+class Folder:
+    """Where results go; `output.results_folder` checks and makes it."""
+
+    allowed: str = "a new or an empty folder, where you may write"
+
+    def __call__(self, text: str) -> Path:
+        if not text:
+            raise _invalid(text)
+        return Path(text)
+
+
 def device_choice() -> Choice:
     """The devices of this machine, by the names torch gives them, and `auto`."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -101,11 +114,11 @@ class Parser(argparse.ArgumentParser):
         self._values: dict[str, Value] = {}
 
     def option(
-        self, name: str, value: Value, *, default: object, help: str, default_help: str = ""
+        self, name: str, value: Value, *, help: str, default: object = None, otherwise: str = ""
     ) -> None:
-        """Adds `name`; the help line ends with the allowed values and the default."""
+        """Adds `name`; its help ends with the allowed values and the default, or `otherwise`."""
         self._values[name] = value
-        shown = default_help or default
+        shown = otherwise or default
         self.add_argument(
             name,
             type=value,

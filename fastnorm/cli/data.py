@@ -36,8 +36,8 @@ def digits() -> Images:
     """1,797 handwritten digits of 8x8 pixels: 1,437 to train, 360 to test, the same for every seed.
 
     Each pixel is standardized by its own mean and standard deviation over the training set; nothing
-    is learnt from the test set. Source: E. Alpaydin, C. Kaynak, UCI Optical Recognition of Handwritten
-    Digits, 1998.
+    is learnt from the test set. Source: E. Alpaydin and C. Kaynak, Optical Recognition of
+    Handwritten Digits, UCI, 1998.
     """
     loaded = load_digits()
     train_images, test_images, train_labels, test_labels = train_test_split(
@@ -49,7 +49,7 @@ def digits() -> Images:
     )
     mean = train_images.mean(0)
     # Pixels are whole numbers from 0 to 16. A corner that is 0 in all images but one has a tiny
-    # deviation, which would turn a single gray level into an outlier: one level is the least spread.
+    # deviation, which would make an outlier of a single gray level: divide by one level at least.
     std = train_images.std(0, correction=0).clamp(min=1.0)
     return Images(
         (train_images - mean) / std,

@@ -1,10 +1,12 @@
-"""The networks of `fastnorm train`, each written once over a choice of layers, torch's or fastnorm's.
+"""The networks of `fastnorm train`, each written once over a choice of layers.
 
-Both choices give the same state_dict keys, so that one network can start from the other's weights.
+Torch's and fastnorm's layers give the same state_dict keys, so that both start from one set of
+weights.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -106,7 +108,7 @@ def resnet(layers: Layers, shape: torch.Size, classes: int) -> nn.Module:
 
 @dataclass(frozen=True)
 class Model:
-    """How to build a network, and the training that suits it where the command line says nothing."""
+    """How to build a network, and the training that suits it unless the user says otherwise."""
 
     build: Callable[[Layers, torch.Size, int], nn.Module]
     epochs: int
@@ -116,5 +118,5 @@ class Model:
 
 MODELS = {
     "mlp": Model(mlp, epochs=20, batch_size=64, lr=0.05),
-    "resnet": Model(resnet, epochs=15, batch_size=64, lr=0.02),
+    "resnet": Model(resnet, epochs=10, batch_size=64, lr=0.02),
 }

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
-from fastnorm.cli.arguments import UsageError
+from fastnorm.cli.arguments import Folder, UsageError
 
-ALLOWED = "a new or an empty folder, where you may write"
+ALLOWED = Folder().allowed
 
 
 def default_folder(name: str) -> Path:
@@ -25,9 +25,9 @@ def default_folder(name: str) -> Path:
 def results_folder(folder: Path) -> Iterator[Path]:
     """Yields a staging folder; what is written there is in `folder` after a block that ends well.
 
-    An exception, Ctrl-C included, removes the staging folder and every parent made for it. Staging is
-    a sibling of `folder` and takes its name at the end; where `folder` exists already (it may be a
-    mount, which cannot be replaced) it lies inside, and its files move up.
+    An exception, Ctrl-C included, removes the staging folder and every parent made for it. Staging
+    is a sibling of `folder` and takes its name at the end; where `folder` exists already (it may be
+    a mount, which cannot be replaced) it lies inside, and its files move up.
 
     Raises:
         UsageError: `folder` has files in it, cannot be written, or another run is writing to it.

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import rich.table
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #ffffff; --line: #d8dee4; }
+:root { color-scheme: light dark; }
+:root { --ink: #1b1f24; --soft: #59636e; --paper: #ffffff; --line: #d8dee4; }
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --line: #30363d; }
 }
@@ -74,15 +74,15 @@ def page(title: str, lead: str, parts: Iterable[str]) -> str:
 
 
 def png(figure: Figure) -> bytes:
-    """The figure drawn by Agg: no window, and no state shared with a user's pyplot."""
+    """The figure as PNG; one that no pyplot made is drawn by Agg, without a window."""
     buffer = io.BytesIO()
-    FigureCanvasAgg(figure).print_png(buffer)
+    figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()
 
 
 def write_json(path: Path, result: Mapping[str, object]) -> None:
     """Strict JSON: NaN and infinities, which it has no words for, become null."""
-    path.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n")
+    path.write_text(json.dumps(_finite(result), indent=2, allow_nan=False) + "\n", "utf-8")
 
 
 def _finite(value: object) -> object:

@@ -3,19 +3,17 @@
 Whatever else the machine does hits both alike, so that their step times can be compared.
 """
 
-import json
-import os
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
 
 from fastnorm.cli.data import Images
+from fastnorm.cli.measure import peak_memory, synchronize
 from fastnorm.cli.models import FASTNORM, TORCH, Model
 from fastnorm.cli.progress import Progress
 
@@ -44,11 +42,11 @@ class Plan:
 
 @dataclass(frozen=True)
 class Epoch:
-    """Means over one epoch's training steps, and the test set after it."""
+    """The test set after an epoch, and the mean loss of its training steps."""
 
-    train_loss: float
-    test_loss: float
     test_accuracy: float
+    test_loss: float
+    train_loss: float
 
 
 @dataclass
@@ -61,7 +59,7 @@ class Run:
     losses: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     epochs: list[Epoch] = field(default_factory=list)
-    peak_memory: int | None = None  # bytes, see peak_memory()
+    peak_memory: int | None = None  # bytes of one forward and backward, see measure.py
 
     def __post_init__(self) -> None:
         self.optimizer = torch.optim.SGD(
@@ -77,15 +75,20 @@ class Run:
             scores = self.model(images)
         return nn.functional.cross_entropy(scores.float(), labels), scores
 
+    def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Forward and backward; the loss."""
+        loss, _ = self.loss(images, labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return loss
+
     def step(self, images: Tensor, labels: Tensor) -> None:
         """One timed training step: forward, backward and update."""
-        _synchronize(self.plan.device)
+        synchronize(self.plan.device)
         start = time.perf_counter()
-        loss, _ = self.loss(images, labels)
-        loss.backward()
+        loss = self.gradients(images, labels)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        _synchronize(self.plan.device)
+        synchronize(self.plan.device)
         self.seconds.append(time.perf_counter() - start)
         self.losses.append(loss.item())
         self.schedule.step()
@@ -99,7 +102,7 @@ class Run:
         self.model.train()
         accuracy = (scores.argmax(1) == labels).double().mean()
         train_loss = fmean(self.losses[-self.plan.steps_per_epoch :])
-        self.epochs.append(Epoch(train_loss, loss.item(), accuracy.item()))
+        self.epochs.append(Epoch(accuracy.item(), loss.item(), train_loss))
 
     @property
     def median_seconds(self) -> float:
@@ -139,50 +142,9 @@ def train(plan: Plan, runs: Sequence[Run], progress: Progress) -> None:
             for run in turns:
                 run.step(images, labels)
             turns.reverse()
-            losses = " ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
-            progress.advance(f"epoch {epoch + 1}/{plan.epochs}, loss: {losses}")
+            losses = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
+            progress.advance(f"epoch {epoch + 1}/{plan.epochs}, loss {losses}")
         for run in runs:
             run.finish_epoch()
     for run in runs:
-        run.peak_memory = peak_memory(run, images, labels)
-
-
-def peak_memory(run: Run, images: Tensor, labels: Tensor) -> int | None:
-    """The most bytes that torch holds in one forward and backward, beyond what it held before.
-
-    So without weights, optimizer state and data, which are the same for all runs. None where this
-    torch was built without the profiler that counts on a CPU. Leaves gradients in the model.
-    """
-    device = run.plan.device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
-        run.loss(images, labels)[0].backward()
-        return torch.cuda.max_memory_allocated(device) - before
-    # The profiler would greet on stderr; it asks for its log level when it is first used.
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-    with torch.autograd.profiler.profile(profile_memory=True) as profile:
-        run.loss(images, labels)[0].backward()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    allocations = [event for event in events if event.get("name") == "[memory]"]
-    held = peak = 0
-    for event in sorted(allocations, key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak or None
-
-
-def largest_difference(one: Run, other: Run) -> tuple[float, int]:
-    """(the largest |loss - loss| of the two runs at one step, that step counted from 1)."""
-    difference = torch.tensor(one.losses).double() - torch.tensor(other.losses).double()
-    largest, step = difference.abs().max(0)  # NaN counts as the largest
-    return largest.item(), int(step) + 1
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        run.peak_memory = peak_memory(partial(run.gradients, images, labels), plan.device)

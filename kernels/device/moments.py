@@ -9,10 +9,12 @@ the elements are that large. Merging follows Chan et al. 1979; never E[x²] − 
 import triton
 import triton.language as tl
 
-HUGE = tl.constexpr(
-    2.0**48
-)  # sums of squares of anything below it stay far from float32's maximum,
-UNIT = tl.constexpr(2.0**80)  # and of anything above it in this unit; a power of two, so exact
+from fastnorm.kernels.device.tiles import fold, unfold
+
+# Sums of squares of anything below HUGE stay far from float32's maximum, and so do those of
+# anything above it in UNITs; a power of two, so nothing is rounded.
+HUGE = tl.constexpr(2.0**48)
+UNIT = tl.constexpr(2.0**80)
 
 
 @triton.jit
@@ -49,27 +51,20 @@ def two_sum(a, b):
 
 
 @triton.jit
-def tile_moments(x, mask, count):
-    """(mean, rest, std) over axis 0 of a whole index set held in registers, in two passes."""
-    scale = scale_of(tl.max(tl.abs(x), axis=0))
-    x = x * (1.0 / scale)[None, :]
-    mean = tl.sum(x, axis=0) / count
-    d = tl.where(mask, x - mean[None, :], 0.0)
-    rest = tl.sum(d, axis=0) / count
-    d = tl.where(mask, d - rest[None, :], 0.0)
-    std = sqrt(tl.sum(d * d, axis=0) / count)
-    mean, rest = two_sum(mean * scale, finite_or_zero(rest * scale))
-    return mean, rest, std * scale
+def fold_moments(d, inside, count, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
+    """(mean, m2) of each group of FOLD lanes that one thread owns, in two passes."""
+    mean = fold(tl.where(inside, d, 0.0), FOLD, COLUMNS) / tl.maximum(count, 1.0)
+    d = tl.where(inside, d - unfold(mean, FOLD, COLUMNS), 0.0)
+    return mean, fold(d * d, FOLD, COLUMNS)
 
 
 @triton.jit
-def welford_update(d, mask, count, mean, m2):
-    """One more element in each lane of (lanes, channels); count is (lanes, 1)."""
-    count += tl.max(mask.to(count.dtype), axis=1, keep_dims=True)
-    delta = d - mean
-    mean += tl.where(mask, delta / count, 0.0)
-    m2 += tl.where(mask, delta * (d - mean), 0.0)
-    return count, mean, m2
+def merge_counted(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
+    """Merge two partial statistics in the form (count, mean, m2); either count may be 0."""
+    count = count_a + count_b
+    share = count_b / tl.maximum(count, 1.0)
+    d = mean_b - mean_a
+    return count, mean_a + d * share, m2_a + m2_b + d * d * (count_a * share)
 
 
 @triton.jit

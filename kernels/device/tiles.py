@@ -10,15 +10,30 @@ import triton.language as tl
 
 
 @triton.jit
-def tile_lanes(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(n, s, inside) of each lane of tile number `tile` (int64)."""
+def lanes_of_tile(tile, N, S, lane, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(n, s, inside) of some lanes of tile number `tile` (int64)."""
     across = tl.cdiv(S, BLOCK_S)
-    lane = tl.arange(0, BLOCK_N * BLOCK_S)
     n = (tile // across) * BLOCK_N + lane // BLOCK_S
     s = (tile % across) * BLOCK_S + lane % BLOCK_S
     if BLOCK_N == 1:
         return n, s, s < S
     return n, s, (n < N) & (s < S)
+
+
+@triton.jit
+def count_of_groups(
+    tile, N, S, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """How many lanes of each group that `fold` sums are inside: (lanes / FOLD, 1)."""
+    GROUPS: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
+    group = tl.arange(0, GROUPS)
+    count = tl.zeros((GROUPS,), ACC)
+    for k in tl.static_range(FOLD):
+        lane = k * GROUPS + group if COLUMNS else group * FOLD + k
+        _, _, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
+        count += inside.to(ACC)
+    return count[:, None]
 
 
 @triton.jit
@@ -30,11 +45,34 @@ def tile_offsets(n, s, c, C, S, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def elements_before(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+def elements_before(tile, N, S, block_n, block_s):
     """How many elements of one channel the tiles 0 … tile-1 hold."""
-    across = tl.cdiv(S, BLOCK_S)
-    n = tl.minimum((tile // across) * BLOCK_N, N)
-    return n * S + tl.minimum((tile % across) * BLOCK_S, S) * tl.minimum(N - n, BLOCK_N)
+    across = tl.cdiv(S, block_s)
+    n = tl.minimum((tile // across) * block_n, N)
+    return n * S + tl.minimum((tile % across) * block_s, S) * tl.minimum(N - n, block_n)
+
+
+@triton.jit
+def fold(t, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
+    """Sum a (lanes, channels) tile to (lanes / FOLD, channels), within each thread's registers.
+
+    A thread owns neighbouring lanes where those are innermost, else lanes a stride apart.
+    """
+    if COLUMNS:
+        return tl.sum(tl.reshape(t, (FOLD, t.shape[0] // FOLD, t.shape[1])), axis=0)
+    return tl.sum(tl.reshape(t, (t.shape[0] // FOLD, FOLD, t.shape[1])), axis=1)
+
+
+@triton.jit
+def unfold(t, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
+    """Repeat (lanes / FOLD, channels) to the lanes that `fold` would sum."""
+    L: tl.constexpr = t.shape[0]
+    C: tl.constexpr = t.shape[1]
+    if COLUMNS:
+        wide = tl.broadcast_to(t[None, :, :], (FOLD, L, C))
+    else:
+        wide = tl.broadcast_to(t[:, None, :], (L, FOLD, C))
+    return tl.reshape(wide, (L * FOLD, C))
 
 
 @triton.jit

@@ -1,0 +1,161 @@
+"""Loops over the tiles of BLOCK_C channels of a dense (N, C, S) tensor (see tiles.py).
+
+What the kernels of one program per channel and those that share a channel have in common.
+"""
+
+import triton
+import triton.language as tl
+
+from fastnorm.kernels.device.moments import (
+    finite_or_zero,
+    fold_moments,
+    merge_counted,
+    merge_lanes,
+    scale_of,
+    two_sum,
+)
+from fastnorm.kernels.device.tiles import (
+    count_of_groups,
+    fold,
+    lanes_of_tile,
+    load_as,
+    store_cast,
+    tile_offsets,
+)
+
+
+@triton.jit
+def vector_sizes(C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
+    """C and S unchanged; the division shows the compiler that no vector straddles a mask."""
+    if COLUMNS:
+        return C // ALIGN * ALIGN, S
+    return C, S // ALIGN * ALIGN
+
+
+@triton.jit
+def channels_of(block, C, BLOCK_C: tl.constexpr):
+    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    return c, c < C
+
+
+@triton.jit
+def moments_of_tiles(
+    x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(mean, rest, std) of each channel over the tiles first … last-1.
+
+    Elements are taken relative to the first one (if it is finite), so that a large mean costs no
+    digits, and in a unit in which the squares of the first tile do not overflow.
+    """
+    lane = tl.arange(0, BLOCK_N * BLOCK_S)
+    n, s, inside = lanes_of_tile(first, N, S, lane, BLOCK_N, BLOCK_S)
+    at = tile_offsets(n, s, c, C, S, COLUMNS)
+    x = load_as(x_ptr, at, inside[:, None] & cmask[None, :], ACC)
+    scale = scale_of(tl.max(tl.abs(x), axis=0))
+    pivot = finite_or_zero(tl.sum(tl.where((lane == 0)[:, None], x, 0.0), axis=0))
+    unit = (1.0 / scale)[None, :]
+    shift = pivot[None, :] * unit
+
+    LANES: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
+    count = tl.zeros((LANES, 1), ACC)
+    mean = tl.zeros((LANES, BLOCK_C), ACC)
+    m2 = tl.zeros((LANES, BLOCK_C), ACC)
+    for tile in range(first, last):
+        n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
+        mask = inside[:, None] & cmask[None, :]
+        x = load_as(x_ptr, tile_offsets(n, s, c, C, S, COLUMNS), mask, ACC)
+        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, COLUMNS)
+        d = x * unit - shift
+        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS)
+        count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
+
+    _, mean, std = merge_lanes(count, mean, m2)
+    mean, rest = two_sum(pivot, mean * scale)
+    return mean, rest, std * scale
+
+
+@triton.jit
+def normalize_tiles(
+    x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
+    ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """y of the tiles, last tile first: what was read before is still in the cache."""
+    ACC: tl.constexpr = mean.dtype
+    lane = tl.arange(0, BLOCK_N * BLOCK_S)
+    for i in range(first, last):
+        n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
+        mask = inside[:, None] & cmask[None, :]
+        at = tile_offsets(n, s, c, C, S, COLUMNS)
+        x = load_as(x_ptr, at, mask, ACC)
+        z = ((x - mean[None, :]) - rest[None, :]) * rstd[None, :] * w[None, :] + b[None, :]
+        if residual_ptr is not None:
+            z += load_as(residual_ptr, at, mask, ACC)
+        store_cast(y_ptr, at, ACT(z), mask)
+
+
+@triton.jit
+def load_xhat_dz(
+    dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD: tl.constexpr
+):
+    """x̂ and dz of a tile, 0 outside; ACT_GRAD takes y where y_ptr is given, z otherwise."""
+    ACC: tl.constexpr = mean.dtype
+    dy = load_as(dy_ptr, at, mask, ACC)
+    xhat = tl.zeros(dy.shape, ACC)
+    if x_ptr is not None:
+        x = load_as(x_ptr, at, mask, ACC)
+        xhat = tl.where(mask, ((x - mean[None, :]) - rest[None, :]) * rstd[None, :], 0.0)
+    if y_ptr is not None:
+        return xhat, tl.where(mask, ACT_GRAD(dy, load_as(y_ptr, at, mask, ACC)), 0.0)
+    z = xhat * w[None, :] + b[None, :]
+    if residual_ptr is not None:
+        z += load_as(residual_ptr, at, mask, ACC)
+    return xhat, tl.where(mask, ACT_GRAD(dy, z), 0.0)
+
+
+@triton.jit
+def gradient_sums_of_tiles(
+    dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
+    first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
+    ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """(Σ dz·x̂, Σ dz) of each channel over the tiles; stores dz, and dx of fixed statistics."""
+    ACC: tl.constexpr = mean.dtype
+    LANES: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
+    dw = tl.zeros((LANES, BLOCK_C), ACC)
+    db = tl.zeros((LANES, BLOCK_C), ACC)
+    lane = tl.arange(0, BLOCK_N * BLOCK_S)
+    for tile in range(first, last):
+        n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
+        mask = inside[:, None] & cmask[None, :]
+        at = tile_offsets(n, s, c, C, S, COLUMNS)
+        xhat, dz = load_xhat_dz(
+            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD
+        )
+        store_cast(dx_ptr, at, dz * (rstd * w)[None, :], mask)
+        store_cast(dz_ptr, at, dz, mask)
+        dw += fold(dz * xhat, FOLD, COLUMNS)
+        db += fold(dz, FOLD, COLUMNS)
+    return tl.sum(dw, axis=0), tl.sum(db, axis=0)
+
+
+@triton.jit
+def input_gradient_of_tiles(
+    dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
+    first, last, c, cmask, mean, rest, rstd, w, b, dw_mean, db_mean, N, C, S,
+    ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dx of the tiles through the batch's statistics, last tile first."""
+    lane = tl.arange(0, BLOCK_N * BLOCK_S)
+    for i in range(first, last):
+        n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
+        mask = inside[:, None] & cmask[None, :]
+        at = tile_offsets(n, s, c, C, S, COLUMNS)
+        xhat, dz = load_xhat_dz(
+            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD
+        )
+        dx = (dz - db_mean[None, :] - xhat * dw_mean[None, :]) * (rstd * w)[None, :]
+        store_cast(dx_ptr, at, dx, mask)
+        store_cast(dz_ptr, at, dz, mask)
