@@ -16,7 +16,7 @@ Backward, with dz = dy · act′(z), which is also the residual's gradient:
 Bytes. Where one program owns a channel, one kernel does everything, and what it reads a second time
 is in a cache. Else training reads x twice, forward (moments, apply) and backward (reduce, apply).
 act′ is never saved. Without a residual z is recomputed from x, which the backward reads anyway.
-With one, z needs x and the residual; where act′ is a function of y (relu, leaky_relu, …) y is read
+With one, z needs x and the residual; where the sign of z is enough (relu, leaky_relu) y is read
 instead, which the next layer keeps alive anyway. The reduce pass writes dz, the residual's
 gradient, and the apply pass reads dz in place of dy and y: 7 passes in all. A packed mask would
 take 6, plus 1/8 byte an element at three places, and a kernel that packs bits.
@@ -29,7 +29,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastnorm.kernels.device.activations import ACTIVATIONS
+from fastnorm.kernels.device.activations import ACTIVATIONS, SIGN_GATES
 from fastnorm.kernels.device.channels import (
     channels_of,
     gradient_sums_of_tiles,
@@ -400,7 +400,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Return (y, stats): y laid out as x, stats (3, C) with the rows mean, rest, rstd."""
     plan, sizes, tile, merge_grid, merge, dtype = _launch(x, view)
-    act, _, _ = ACTIVATIONS[activation]
+    act, _ = ACTIVATIONS[activation]
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty_like(x, dtype=y_dtype)
     stats = torch.empty(3, view.C, dtype=dtype, device=x.device)
@@ -429,7 +429,7 @@ def saved_for_gate(activation: str, has_residual: bool) -> str:
     """Which tensor besides x the backward needs for act′: "", "output" or "residual"."""
     if not has_residual or activation == "identity":
         return ""
-    return "residual" if ACTIVATIONS[activation][2] is None else "output"
+    return "output" if activation in SIGN_GATES else "residual"
 
 
 def backward(
@@ -451,8 +451,7 @@ def backward(
     residual's gradient, `wanted` in the given dtype.
     """
     plan, sizes, tile, merge_grid, merge, dtype = _launch(x, view)
-    _, from_z, from_y = ACTIVATIONS[activation]
-    gate = from_z if y is None else from_y
+    _, gate = ACTIVATIONS[activation]
     wants_dx, dz_dtype, wants_dw, wants_db = wanted
     dx = torch.empty_like(x) if wants_dx else None
     dw = torch.empty_like(weight) if weight is not None and wants_dw else None

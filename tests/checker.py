@@ -165,7 +165,7 @@ class _Checker(Observer):
 
     def end(self, launch: Launch) -> None:
         self.note_stores(launch)
-        if max(launch.grid) > 1:
+        if launch.program > 0:
             for group in launch.storages:
                 loads = launch.accesses("load", arguments=group)
                 stores = launch.accesses("store", arguments=group)

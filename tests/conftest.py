@@ -1,8 +1,51 @@
-"""Without a GPU every kernel runs in Triton's interpreter, chosen before triton is imported."""
+"""Without a GPU every kernel runs in Triton's interpreter, chosen before triton is imported.
+
+There each launch is also judged by the checker (checker.py). With a GPU the same tests run compiled:
+they take the `backend` fixture, which says where tensors live.
+"""
 
 import os
+from collections.abc import Iterator
 
+import pytest
 import torch
 
-if not torch.cuda.is_available():
+import fastnorm
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
+    import interpreter
+    from checker import checked
+
+    interpreter.mend()
+
+
+@pytest.fixture(autouse=True)
+def _judged(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every kernel that a test launches in the interpreter is checked."""
+    if HAS_GPU or request.node.get_closest_marker("unchecked"):
+        yield
+        return
+    with checked():
+        yield
+
+
+@pytest.fixture(
+    params=["eager", "interpreted", pytest.param("compiled", marks=pytest.mark.gpu)],
+)
+def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Run the test on each backend; the value is the device for its tensors."""
+    kind = request.param
+    if kind == "interpreted" and HAS_GPU:
+        pytest.skip("with a GPU the kernels run compiled: see the same test there")
+    with fastnorm.use_backend("eager" if kind == "eager" else "triton"):
+        yield torch.device("cuda" if kind == "compiled" else "cpu")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if HAS_GPU:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))

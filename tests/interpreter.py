@@ -4,7 +4,7 @@ Mended, because a GPU does otherwise:
 - bf16: `tl.dot`, arithmetic, comparison, `tl.sum` and `tl.full` worked on bit patterns; conversion
   from float32 truncated, from float64 and integers copied bits. Now values, rounded to nearest
   even, one rounding a conversion.
-- NaN: `tl.maximum`, `tl.minimum`, `tl.max`, `tl.min` and `tl.clamp` kept it; max.f32 drops it.
+- NaN: `tl.maximum`, `tl.minimum` and `tl.clamp` kept it, where max.f32 drops it unless asked.
 - `tl.dot` of float32 with input_precision "tf32", the default, was exact; a GPU reads 10 bits.
 - `tl.fma` rounded its product; now once (float64: still twice).
 - A masked lane without `other` was 0; a GPU leaves it undefined. Now NaN, in integers a pattern.
@@ -12,14 +12,15 @@ Mended, because a GPU does otherwise:
   were ignored; a `range` variable was a plain int, so its offsets wrapped where a GPU's do not,
   and did not wrap where a GPU's do. Now both have the type that the compiler gives them.
 - A grid may not exceed 65535 in y and z, a dot not be shorter than 16 in K.
-Mended, because it costs: a device call patched all of triton.language again and for good; every
-integer operation was repeated in int64 for an assertion that is off; storages were copied onto
-themselves, which commits every page of a lazily touched one; `tl.reduce` with a combine function
-ran element by element. NumPy's floating-point warnings are silent inside kernels.
+Mended, because it costs: a device call patched all of triton.language again, and for good; every
+integer operation was repeated in int64 for an assertion that is off; `tl.reduce` with a combine
+function ran element by element; host tensors were wrapped, and copied back to themselves, which
+only torch's own check keeps from touching every page. NumPy's floating-point warnings are silent
+inside kernels.
 
 Still hidden here, and seen on a GPU only:
-- programs run one after the other (checker.py finds their conflicts), and so do the threads of a
-  program: a missing barrier between a store and a load of the same program shows nothing;
+- programs run one after another (checker.py finds their conflicts), and all threads of a program in
+  step: a missing barrier between a store and a load in one program shows nothing;
 - exp, log, sin, rsqrt, `/` and sigmoid are correctly rounded or nearly, where a GPU's approximate;
   a * b + c is not contracted to one fma; sums are added in another order; subnormals always live;
 - `tl.sum` of fp16 and bf16 accumulates wider than a GPU; argmax treats NaN as the largest;
@@ -192,12 +193,10 @@ class _Builder(upstream.InterpreterBuilder):
     ) -> None:
         kind = _numpy_type(ptrs.get_element_ty())
         mask = mask if isinstance(mask, np.ndarray) else mask.data
-        data, address = value.data, ptrs.data
-        if data.dtype.itemsize != kind.itemsize:  # the native store would write that many bytes
-            data = data.astype(kind)
+        address = ptrs.data
         if _running is not None:
             address, _ = _running.access("store", address, mask, kind.itemsize)
-        upstream._interpreter.store(address, data, mask)
+        upstream._interpreter.store(address, value.data, mask)
 
     def create_atomic_rmw(
         self, rmw_op: Any, ptr: Handle, val: Handle, mask: Handle, sem: Any, scope: Any
@@ -557,8 +556,8 @@ class Launch:
         self._arguments.append(argument)
         middle = (2 * len(self._arguments) + 1) << (_WINDOW_BITS - 1)
         seen = middle + pointer % _ALIGNMENT
-        first, size = (start - pointer, len(storage)) if tensor.numel() else (0, 0)
-        self._windows.append(_Window(pointer - seen, seen + first, seen + first + size))
+        first = seen + start - pointer
+        self._windows.append(_Window(pointer - seen, first, first + len(storage)))
         return seen
 
     def access(

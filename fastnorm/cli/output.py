@@ -70,14 +70,15 @@ def _make_staging(folder: Path, made: list[Path]) -> Path:
     if folder.exists() and any(folder.iterdir()):
         raise UsageError(f"argument --out: {str(folder)!r} has files in it (allowed: {ALLOWED})")
     missing = [parent for parent in staging.parents if not parent.exists()]
-    for path in (*reversed(missing), staging):
-        path.mkdir()
-        made.append(path)
+    for parent in reversed(missing):
+        parent.mkdir()
+        made.append(parent)
+    staging.mkdir()
     return staging
 
 
 def _remove(made: list[Path]) -> None:
-    """Removes the folders, innermost first, that nobody else has put something into since."""
+    """Removes the folders, innermost first, up to one that somebody else has used since."""
     for path in reversed(made):
         try:
             path.rmdir()

@@ -1,8 +1,7 @@
-"""Activations that a norm can end with, as triples of small functions.
+"""Activations that a norm can end with, as pairs of small functions.
 
-    act(z)            the activation
-    act_grad(dy, z)   dy · act′(z), from the pre-activation
-    act_grad_y(dy, y) the same from the output y = act(z), where that is possible
+    act(z)           the activation
+    act_grad(dy, z)  dy · act′(z), from the pre-activation
 
 Gradients take dy so that a closed gate gives 0 even for an infinite dy, as torch's do. Comparisons
 are written so that a NaN takes the branch it takes in torch. Kernels receive these as constexprs.
@@ -88,33 +87,20 @@ def elu_grad(dy, z):
 
 
 @triton.jit
-def elu_grad_y(dy, y):
-    return tl.where(y <= 0.0, dy * (y + 1.0), dy)
-
-
-@triton.jit
 def sigmoid(z):
     return 1.0 / (1.0 + tl.exp(-z))
 
 
 @triton.jit
-def sigmoid_grad_y(dy, y):
+def sigmoid_grad(dy, z):
+    y = sigmoid(z)
     return dy * (y * (1.0 - y))
 
 
 @triton.jit
-def sigmoid_grad(dy, z):
-    return sigmoid_grad_y(dy, sigmoid(z))
-
-
-@triton.jit
-def tanh_grad_y(dy, y):
-    return dy * (1.0 - y * y)
-
-
-@triton.jit
 def tanh_grad(dy, z):
-    return tanh_grad_y(dy, tanh_(z))
+    y = tanh_(z)
+    return dy * (1.0 - y * y)
 
 
 @triton.jit
@@ -136,19 +122,24 @@ def gelu(z):
 @triton.jit
 def gelu_grad(dy, z):
     cdf = 0.5 * (1.0 + tl.erf(z * SQRT_HALF))
-    return dy * (cdf + z * (INV_SQRT_2PI * tl.exp(-0.5 * z * z)))
+    return dy * (cdf + z * (tl.exp(-0.5 * z * z) * INV_SQRT_2PI))
+
+
+@triton.jit
+def gelu_tanh_inner(z):
+    return (z + z * z * z * GELU_CUBIC) * SQRT_2_OVER_PI
 
 
 @triton.jit
 def gelu_tanh(z):
-    t = tanh_(SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z))
+    t = tanh_(gelu_tanh_inner(z))
     return 0.5 * z * (1.0 + t)
 
 
 @triton.jit
 def gelu_tanh_grad(dy, z):
-    t = tanh_(SQRT_2_OVER_PI * (z + GELU_CUBIC * z * z * z))
-    dt = SQRT_2_OVER_PI * (1.0 + 3.0 * GELU_CUBIC * z * z)
+    t = tanh_(gelu_tanh_inner(z))
+    dt = (1.0 + z * z * (3.0 * GELU_CUBIC)) * SQRT_2_OVER_PI
     return dy * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * dt)
 
 
@@ -163,15 +154,19 @@ def hardswish_grad(dy, z):
 
 
 ACTIVATIONS = {
-    "identity": (identity, identity_grad, identity_grad),
-    "relu": (relu, relu_grad, relu_grad),
-    "relu6": (relu6, relu6_grad, relu6_grad),
-    "leaky_relu": (leaky_relu, leaky_relu_grad, leaky_relu_grad),
-    "elu": (elu, elu_grad, elu_grad_y),
-    "silu": (silu, silu_grad, None),
-    "gelu": (gelu, gelu_grad, None),
-    "gelu_tanh": (gelu_tanh, gelu_tanh_grad, None),
-    "tanh": (tanh_, tanh_grad, tanh_grad_y),
-    "sigmoid": (sigmoid, sigmoid_grad, sigmoid_grad_y),
-    "hardswish": (hardswish, hardswish_grad, None),
+    "identity": (identity, identity_grad),
+    "relu": (relu, relu_grad),
+    "relu6": (relu6, relu6_grad),
+    "leaky_relu": (leaky_relu, leaky_relu_grad),
+    "elu": (elu, elu_grad),
+    "silu": (silu, silu_grad),
+    "gelu": (gelu, gelu_grad),
+    "gelu_tanh": (gelu_tanh, gelu_tanh_grad),
+    "tanh": (tanh_, tanh_grad),
+    "sigmoid": (sigmoid, sigmoid_grad),
+    "hardswish": (hardswish, hardswish_grad),
 }
+
+# Gates that only ask for the sign of z, which y shows whatever its rounding: act_grad(dy, y).
+# (y of relu6, tanh or elu would do in exact arithmetic; a bfloat16 y rounds to 6 or 1 too early.)
+SIGN_GATES = frozenset({"relu", "leaky_relu"})

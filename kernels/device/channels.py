@@ -99,7 +99,7 @@ def normalize_tiles(
 def load_xhat_dz(
     dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD: tl.constexpr
 ):
-    """x̂ and dz of a tile, 0 outside; ACT_GRAD takes y where y_ptr is given, z otherwise."""
+    """x̂ and dz of a tile, 0 outside; ACT_GRAD is given y where that is enough, else z."""
     ACC: tl.constexpr = mean.dtype
     dy = load_as(dy_ptr, at, mask, ACC)
     xhat = tl.zeros(dy.shape, ACC)

@@ -64,7 +64,9 @@ def merge_counted(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     count = count_a + count_b
     share = count_b / tl.maximum(count, 1.0)
     d = mean_b - mean_a
-    return count, mean_a + d * share, m2_a + m2_b + d * d * (count_a * share)
+    # an average of the two, not mean_a + d · share: an infinite mean stays infinite, as in a plain sum
+    mean = mean_a * (1.0 - share) + mean_b * share
+    return count, mean, m2_a + m2_b + d * d * (count_a * share)
 
 
 @triton.jit
@@ -80,12 +82,15 @@ def merge_lanes(count, mean, m2):
 def merge_partials(count, mean, std):
     """(count, mean, std) over axis 0 of partial statistics; count is (partials, 1), may be 0."""
     total = tl.sum(count, axis=0)
-    grand = tl.sum(count * mean, axis=0) / total
+    share = (
+        count / total[None, :]
+    )  # before the product with the mean, which may be near the maximum
+    grand = tl.sum(share * mean, axis=0)
     d = tl.where(count > 0.0, mean - grand[None, :], 0.0)
     scale = scale_of(tl.max(tl.maximum(tl.abs(d), std), axis=0))
     unit = (1.0 / scale)[None, :]
     squares = (std * unit) * (std * unit) + (d * unit) * (d * unit)
-    return total, grand, sqrt(tl.sum(count * squares, axis=0) / total) * scale
+    return total, grand, sqrt(tl.sum(share * squares, axis=0)) * scale
 
 
 @triton.jit
@@ -98,7 +103,7 @@ def merge_two(count_a, mean_a, std_a, count_b, mean_b, std_b):
     unit = 1.0 / scale
     a, b, e = std_a * unit, std_b * unit, d * unit
     var = a * a * (1.0 - share) + b * b * share + e * e * (share * (1.0 - share))
-    return count, mean_a + d * share, sqrt(var) * scale
+    return count, mean_a * (1.0 - share) + mean_b * share, sqrt(var) * scale
 
 
 @triton.jit
