@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import triton
-from grid import CASES, Case
+from grid import CASES, LARGE, Case
 from launches import TARGETS, Recorded, recording
 
 # Per multiprocessor: registers, shared memory in bytes, threads.
@@ -31,7 +31,6 @@ LIMITS = {
     "sm_120": (65536, 100 << 10, 1536),
     "gfx942": (131072 * 4, 64 << 10, 2048),
 }
-LARGE = ("dy_ptr", "x_ptr", "y_ptr", "residual_ptr", "dx_ptr", "dz_ptr", "sum_ptr")  # (N, C, S) each
 
 
 @dataclass(frozen=True)
@@ -58,9 +57,7 @@ def specialisations(cases: Iterable[Case], target: str) -> list[tuple[Case, Reco
     for case in cases:
         tensors = case.inputs("meta")
         with recording() as launches:
-            outputs = case.call(tensors)
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            torch.autograd.backward(outputs, [torch.empty_like(y) for y in outputs])
+            case.forward_and_backward(tensors)
         for launched in launches:
             found.setdefault(launched.key(TARGETS[target]), (case, launched))
     return list(found.values())
@@ -92,6 +89,7 @@ def access_widths(ptx: str, pointers: list[str]) -> dict[str, list[int]]:
     """
     origins: dict[str, set[int]] = {}
     lines = [line.strip() for line in ptx.splitlines()]
+    moves = "(?:mov|add|cvta|selp|mad|sub)"
     changed = True
     while changed:
         changed = False
@@ -100,7 +98,7 @@ def access_widths(ptx: str, pointers: list[str]) -> dict[str, list[int]]:
             if parameter:
                 register, found = parameter[1], {int(parameter[2])}
             else:
-                move = re.match(r"(?:@%p\d+ )?(?:mov|add|cvta|selp|mad|sub)\S*\s+(%rd\d+), (.*);", line)
+                move = re.match(rf"(?:@%p\d+ )?{moves}\S*\s+(%rd\d+), (.*);", line)
                 if not move:
                     continue
                 register = move[1]
@@ -193,8 +191,8 @@ def report(codes: list[Code]) -> str:
     lines = [
         "# Generated code",
         "",
-        f"Compiled without a device by {versions} on {platform.machine()}, for the launches that the",
-        "benchmark grid makes on a device of 132 multiprocessors. Remake with `make codegen`.",
+        f"Compiled without a device by {versions} on {platform.machine()}, for the launches that",
+        "the benchmark grid makes on a device of 132 multiprocessors. Remake with `make codegen`.",
         "Widths: bytes of each load and store instruction of the large tensors × how many.",
         "",
     ]

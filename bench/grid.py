@@ -5,13 +5,17 @@ and benchmarks all walk `CASES`; adding a family is adding its cases, and its mi
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 import fastnorm.functional as FF
+
+# Names of kernel arguments that are as large as the input; the others are parameters, statistics
+# and partial sums.
+LARGE = ("dy_ptr", "x_ptr", "y_ptr", "residual_ptr", "dx_ptr", "dz_ptr")
 
 FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -39,7 +43,7 @@ class Case:
         return ", ".join(parts + ["residual"] * self.residual)
 
     def inputs(self, device: str, seed: int = 0) -> dict[str, Tensor]:
-        """input, residual, weight, bias: those that the case has, all requiring gradients."""
+        """The tensors of a call by name; those that are differentiated require gradients."""
         generator = None if device == "meta" else torch.Generator(device).manual_seed(seed)
 
         def draw(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -54,21 +58,33 @@ class Case:
         }
         for name in ("weight", "bias"):
             tensors[name] = draw(self.shape[1], dtype=torch.float32)
-        return {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+        tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
+        for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
+            tensors[name] = torch.full((self.shape[1],), value, device=device)
+        return tensors
 
     def call(self, tensors: dict[str, Tensor]) -> Tensor:
-        x = tensors["input"]
-        mean = torch.zeros(self.shape[1], device=x.device)
         return FF.batch_norm(
-            x,
-            mean,
-            torch.ones_like(mean),
+            tensors["input"],
+            tensors["running_mean"],
+            tensors["running_var"],
             tensors["weight"],
             tensors["bias"],
             self.training,
             residual=tensors.get("residual"),
             activation=self.activation,
         )
+
+    def forward_and_backward(
+        self, tensors: dict[str, Tensor], between: Callable[[], object] = lambda: None
+    ) -> None:
+        """Run both, every gradient asked for, with `between` called between them."""
+        outputs = self.call(tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        seeds = [torch.empty_like(y) for y in outputs]  # no values are looked at
+        between()
+        leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
+        torch.autograd.grad(outputs, leaves, seeds)
 
     @property
     def element_bytes(self) -> int:
@@ -105,11 +121,32 @@ def _batch_norm() -> Iterator[Case]:
             shape = (2, 32, 128, 128, 128)
             yield Case("batch_norm", "u-net 3d", shape, dtype, layout, activation="leaky_relu")
     yield Case("batch_norm", "tiny", (8, 64), torch.float32)
-    yield replace(next(c for c in _tiny()), residual=True, activation="silu")
+    one_image = Case("batch_norm", "one image", (1, 64, 32, 32), torch.float32, training=False)
+    yield replace(one_image, residual=True, activation="silu")
 
 
-def _tiny() -> Iterator[Case]:
-    yield Case("batch_norm", "one image", (1, 64, 32, 32), torch.float32, training=False)
+def _small_batch_norm() -> Iterator[Case]:
+    """Both layouts, one program a channel and many, small enough for the interpreter."""
+    for dtype in (torch.bfloat16, torch.float32):
+        for name, shape, layout in (
+            ("whole NCHW", (6, 5, 24, 24), "contiguous"),
+            ("whole channels_last", (3, 40, 10, 10), "channels_last"),
+            ("whole (N, C)", (250, 40), "contiguous"),
+            ("split NCHW", (9, 3, 60, 60), "contiguous"),
+            ("split NCHW, odd", (71, 3, 21, 21), "contiguous"),
+            ("split channels_last", (9, 40, 20, 20), "channels_last"),
+            ("split (N, C)", (3001, 33), "contiguous"),
+            ("split 3d", (2, 3, 20, 30, 31), "channels_last_3d"),
+        ):
+            case = Case("batch_norm", name, shape, dtype, layout)
+            yield case
+            yield replace(case, activation="relu", residual=True)
+            yield replace(case, activation="silu", training=False)
+    split = Case("batch_norm", "split NCHW", (9, 3, 60, 60))
+    yield replace(split, activation="silu", residual=True)
+    yield replace(split, residual=True)
+    yield replace(split, activation="relu", residual=True, training=False)
 
 
 CASES: tuple[Case, ...] = tuple(_batch_norm())
+SMALL_CASES: tuple[Case, ...] = tuple(_small_batch_norm())
