@@ -36,7 +36,7 @@ from fastnorm.kernels.device.channels import (
     input_gradient_of_tiles,
     moments_of_tiles,
     normalize_tiles,
-    vector_sizes,
+    wide_sizes,
 )
 from fastnorm.kernels.device.moments import (
     finite_or_zero,
@@ -116,7 +116,7 @@ def batch_norm_fwd_kernel(
     FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    C, S = vector_sizes(C, S, ALIGN, COLUMNS)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     pid = tl.program_id(0).to(tl.int64)
     c, cmask = channels_of(pid, C, BLOCK_C)
     mean, rest, std = moments_of_tiles(
@@ -144,7 +144,7 @@ def batch_norm_fwd_moments_kernel(
     FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    C, S = vector_sizes(C, S, ALIGN, COLUMNS)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     pid = tl.program_id(0).to(tl.int64)
     p = pid % P
     c, cmask = channels_of(pid // P, C, BLOCK_C)
@@ -170,6 +170,7 @@ def batch_norm_fwd_finalize_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, 1, False)
     c, cmask = channels_of(tl.program_id(0).to(tl.int64), C, BLOCK_C)
     base = finite_or_zero(tl.load(partial_ptr + c, mask=cmask, other=0.0))
     count = tl.zeros((BLOCK_C,), ACC)
@@ -208,7 +209,7 @@ def batch_norm_fwd_apply_kernel(
     FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    C, S = vector_sizes(C, S, ALIGN, COLUMNS)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     pid = tl.program_id(0).to(tl.int64)
     p = pid % P
     c, cmask = channels_of(pid // P, C, BLOCK_C)
@@ -254,7 +255,7 @@ def batch_norm_bwd_kernel(
     FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    C, S = vector_sizes(C, S, ALIGN, COLUMNS)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     pid = tl.program_id(0).to(tl.int64)
     c, cmask = channels_of(pid, C, BLOCK_C)
     mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
@@ -288,7 +289,7 @@ def batch_norm_bwd_reduce_kernel(
     FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    C, S = vector_sizes(C, S, ALIGN, COLUMNS)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     pid = tl.program_id(0).to(tl.int64)
     p = pid % P
     c, cmask = channels_of(pid // P, C, BLOCK_C)
@@ -315,6 +316,7 @@ def batch_norm_bwd_finalize_kernel(
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    C = C.to(tl.int64)
     c, cmask = channels_of(tl.program_id(0).to(tl.int64), C, BLOCK_C)
     dw = tl.zeros((BLOCK_C,), ACC)
     db = tl.zeros((BLOCK_C,), ACC)
@@ -340,7 +342,7 @@ def batch_norm_bwd_apply_kernel(
     FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    C, S = vector_sizes(C, S, ALIGN, COLUMNS)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     pid = tl.program_id(0).to(tl.int64)
     p = pid % P
     c, cmask = channels_of(pid // P, C, BLOCK_C)

@@ -25,11 +25,15 @@ from fastnorm.kernels.device.tiles import (
 
 
 @triton.jit
-def vector_sizes(C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
-    """C and S unchanged; the division shows the compiler that no vector straddles a mask."""
+def wide_sizes(N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
+    """(N, C, S) as int64, since their products pass 2³¹ before a tensor's bytes do.
+
+    The division changes nothing; it shows the compiler that no vector straddles a mask.
+    """
+    N, C, S = N.to(tl.int64), C.to(tl.int64), S.to(tl.int64)
     if COLUMNS:
-        return C // ALIGN * ALIGN, S
-    return C, S // ALIGN * ALIGN
+        return N, C // ALIGN * ALIGN, S
+    return N, C, S // ALIGN * ALIGN
 
 
 @triton.jit

@@ -64,7 +64,7 @@ def merge_counted(count_a, mean_a, m2_a, count_b, mean_b, m2_b):
     count = count_a + count_b
     share = count_b / tl.maximum(count, 1.0)
     d = mean_b - mean_a
-    # an average of the two, not mean_a + d · share: an infinite mean stays infinite, as in a plain sum
+    # an average, not mean_a + d · share: an infinite mean stays infinite, as in a plain sum
     mean = mean_a * (1.0 - share) + mean_b * share
     return count, mean, m2_a + m2_b + d * d * (count_a * share)
 
