@@ -9,12 +9,18 @@ import contextvars
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a thread
 WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
 PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
+
+
+# Kernel arguments that change from batch to batch: Triton must not compile again where one of them
+# is 1 or a multiple of 16.
+SIZES = ("N", "C", "S", "P", "tiles", "tiles_per_program", "block_n", "block_s")
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,15 @@ def divisor_class(n: int) -> int:
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+class ChannelView(NamedTuple):
+    """A dense tensor as (N, C, S); `columns`: channels are innermost in memory."""
+
+    N: int
+    C: int
+    S: int
+    columns: bool
 
 
 @dataclass(frozen=True)

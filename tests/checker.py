@@ -27,15 +27,7 @@ from unittest import mock
 
 import numpy as np
 import torch
-from interpreter import (
-    Chunk,
-    KernelFault,
-    Launch,
-    Observer,
-    numbered,
-    observed,
-    split,
-)
+from interpreter import Chunk, KernelFault, Launch, Observer, numbered, observed, split
 
 __all__ = ["KernelFault", "checked"]
 
@@ -106,8 +98,6 @@ class _Checker(Observer):
         self.arguments: dict[int, _Allocation] = {}  # of the launch that runs
         self.stores_seen = 0
 
-    # allocations
-
     def remember(self, tensor: torch.Tensor, caller: str) -> None:
         ours = any(caller == name or caller.startswith(f"{name}.") for name in self.modules)
         if not ours or type(tensor) is not torch.Tensor or tensor.device.type != "cpu":
@@ -122,8 +112,6 @@ class _Checker(Observer):
         given = (a for a in self.allocations.values() if a.receivers)
         judged = (a for a in given if not set(self.scratch) & set(a.receivers))
         return [problem for a in judged if (problem := a.never_written())]
-
-    # launches
 
     def begin(self, launch: Launch) -> None:
         self.arguments = {}
@@ -195,6 +183,8 @@ def find_race(launch: Launch, loads: np.ndarray, stores: np.ndarray) -> None:
 def _filling(original: Callable[..., Any], checker: _Checker) -> Callable[..., Any]:
     def allocate(*args: Any, **kwargs: Any) -> Any:
         tensor = original(*args, **kwargs)
+        if torch.compiler.is_compiling():  # Dynamo cannot follow the rest
+            return tensor
         checker.remember(tensor, sys._getframe(1).f_globals.get("__name__", ""))
         return tensor
 

@@ -248,6 +248,17 @@ def test_memory_used_in_another_width(verdict, allocated, used):
         verdict(launcher, 8, True)
 
 
+def test_a_wide_store_writes_each_of_its_bytes(verdict):
+    """The stored bytes are those that mark what was not written."""
+    marks = torch.tensor([0x5A5A5A5A] * 16).to(torch.uint32).view(torch.float32)
+
+    def launcher():
+        y = torch.empty(64, dtype=torch.uint8)
+        return double(marks / 2, y.view(torch.float32))
+
+    assert verdict(launcher).view(torch.uint8).eq(0x5A).all()
+
+
 @triton.jit
 def bytes_kernel(y_ptr, again_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
@@ -463,6 +474,13 @@ def test_an_allocation_that_no_kernel_received_is_not_judged(verdict):
 def test_every_allocator_is_filled(allocate):
     with checked(modules=(__name__,)):
         assert allocate().isnan().all()
+
+
+def test_allocations_can_still_be_traced(verdict):
+    compiled = torch.compile(
+        lambda x: torch.empty_like(x).fill_(3), fullgraph=True, backend="eager"
+    )
+    assert verdict(compiled, torch.ones(4)).eq(3).all()
 
 
 def test_everything_is_as_before_afterwards(verdict):

@@ -5,7 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
-from fastnorm.kernels.batch_norm import ChannelView
+from fastnorm.kernels.launch import ChannelView
 
 
 def channel_view(x: Tensor) -> tuple[Tensor, ChannelView]:

@@ -43,6 +43,15 @@ def channels_of(block, C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
+def load_stats(stats_ptr, c, cmask, C):
+    """(mean, rest, rstd) that the forward saved."""
+    mean = tl.load(stats_ptr + c, mask=cmask, other=0.0)
+    rest = tl.load(stats_ptr + C + c, mask=cmask, other=0.0)
+    rstd = tl.load(stats_ptr + 2 * C + c, mask=cmask, other=0.0)
+    return mean, rest, rstd
+
+
+@triton.jit
 def moments_of_tiles(
     x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,

@@ -1,0 +1,132 @@
+"""BatchNorm's backward kernels; the formulas are in batch_norm.py."""
+
+import triton
+import triton.language as tl
+
+from fastnorm.kernels.device.channels import (
+    channels_of,
+    gradient_sums_of_tiles,
+    input_gradient_of_tiles,
+    load_stats,
+    wide_sizes,
+)
+from fastnorm.kernels.device.tiles import load_as, load_or, store_cast
+from fastnorm.kernels.launch import SIZES
+
+
+# One program owns BLOCK_C channels. In evaluation the first loop writes dx, and there is no second.
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_bwd_kernel(
+    dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
+    w_ptr, b_ptr, stats_ptr,                # (C,), (C,), (3, C)
+    dx_ptr, dz_ptr, dw_ptr, db_ptr,         # (N, C, S), (N, C, S), (C,), (C,); None: not wanted
+    N, C, S, tiles,
+    ACT_GRAD: tl.constexpr, TRAINING: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    pid = tl.program_id(0).to(tl.int64)
+    c, cmask = channels_of(pid, C, BLOCK_C)
+    mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
+    w = load_or(w_ptr, c, cmask, 1.0, ACC)
+    b = load_or(b_ptr, c, cmask, 0.0, ACC)
+    dw, db = gradient_sums_of_tiles(
+        dy_ptr, x_ptr, y_ptr, residual_ptr,
+        None if TRAINING else dx_ptr, None if TRAINING else dz_ptr,
+        pid * 0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
+    )  # fmt: skip
+    store_cast(dw_ptr, c, dw, cmask)
+    store_cast(db_ptr, c, db, cmask)
+    if TRAINING:
+        M = (N * S).to(ACC)
+        input_gradient_of_tiles(
+            dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
+            pid * 0, tiles, c, cmask, mean, rest, rstd, w, b, dw / M, db / M, N, C, S,
+            ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
+        )  # fmt: skip
+
+
+# One program owns some consecutive tiles of BLOCK_C channels, and leaves their partial sums.
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_bwd_reduce_kernel(
+    dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
+    w_ptr, b_ptr, stats_ptr,                # (C,), (C,), (3, C)
+    dx_ptr, dz_ptr, partial_ptr,            # (N, C, S) in evaluation, (N, C, S), (2, P, C)
+    N, C, S, P, tiles, tiles_per_program,
+    ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    pid = tl.program_id(0).to(tl.int64)
+    p = pid % P
+    c, cmask = channels_of(pid // P, C, BLOCK_C)
+    mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
+    w = load_or(w_ptr, c, cmask, 1.0, ACC)
+    b = load_or(b_ptr, c, cmask, 0.0, ACC)
+    first = p * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, tiles)
+    dw, db = gradient_sums_of_tiles(
+        dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
+        first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
+    )  # fmt: skip
+    if partial_ptr is not None:
+        tl.store(partial_ptr + p * C + c, dw, mask=cmask)
+        tl.store(partial_ptr + (P + p) * C + c, db, mask=cmask)
+
+
+# One program owns BLOCK_C channels of the sums.
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_bwd_finalize_kernel(
+    partial_ptr, sums_ptr, dw_ptr, db_ptr,  # (2, P, C), (2, C): Σ dz·x̂, Σ dz; (C,), (C,)
+    C, P,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    C = C.to(tl.int64)
+    c, cmask = channels_of(tl.program_id(0).to(tl.int64), C, BLOCK_C)
+    dw = tl.zeros((BLOCK_C,), ACC)
+    db = tl.zeros((BLOCK_C,), ACC)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P).to(tl.int64)
+        at = (p * C)[:, None] + c[None, :]
+        mask = (p < P)[:, None] & cmask[None, :]
+        dw += tl.sum(load_as(partial_ptr, at, mask, ACC), axis=0)
+        db += tl.sum(load_as(partial_ptr, P * C + at, mask, ACC), axis=0)
+    store_cast(sums_ptr, c, dw, cmask)
+    store_cast(sums_ptr, C + c, db, cmask)
+    store_cast(dw_ptr, c, dw, cmask)
+    store_cast(db_ptr, c, db, cmask)
+
+
+# One program owns the tiles of BLOCK_C channels that it reduced before.
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_bwd_apply_kernel(
+    dy_ptr, x_ptr, w_ptr, b_ptr,            # dy is dz where reduce wrote it
+    stats_ptr, sums_ptr, dx_ptr,            # (3, C), (2, C), (N, C, S)
+    N, C, S, P, tiles, tiles_per_program,
+    ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    pid = tl.program_id(0).to(tl.int64)
+    p = pid % P
+    c, cmask = channels_of(pid // P, C, BLOCK_C)
+    mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
+    w = load_or(w_ptr, c, cmask, 1.0, ACC)
+    b = load_or(b_ptr, c, cmask, 0.0, ACC)
+    M = (N * S).to(ACC)
+    dw = load_as(sums_ptr, c, cmask, ACC)
+    db = load_as(sums_ptr, C + c, cmask, ACC)
+    first = p * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, tiles)
+    input_gradient_of_tiles(
+        dy_ptr, x_ptr, None, None, dx_ptr, None,
+        first, last, c, cmask, mean, rest, rstd, w, b, dw / M, db / M, N, C, S,
+        ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
+    )  # fmt: skip

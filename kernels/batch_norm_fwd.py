@@ -1,0 +1,185 @@
+"""BatchNorm's forward kernels; the formulas are in batch_norm.py."""
+
+import triton
+import triton.language as tl
+
+from fastnorm.kernels.device.channels import (
+    channels_of,
+    load_stats,
+    moments_of_tiles,
+    normalize_tiles,
+    wide_sizes,
+)
+from fastnorm.kernels.device.moments import (
+    finite_or_zero,
+    merge_partials,
+    merge_two,
+    rstd_of,
+    sqrt,
+    two_sum,
+)
+from fastnorm.kernels.device.tiles import elements_before, load_as, load_or, store_cast
+from fastnorm.kernels.launch import SIZES
+
+
+@triton.jit
+def moving_average(running_ptr, c, cmask, value, momentum, momentum_ptr):
+    if running_ptr is not None:
+        m = tl.full((), momentum, value.dtype)
+        if momentum_ptr is not None:
+            m = tl.load(momentum_ptr).to(value.dtype)
+        old = tl.load(running_ptr + c, mask=cmask, other=0.0).to(value.dtype)
+        store_cast(running_ptr, c, (1.0 - m) * old + m * value, cmask)
+
+
+@triton.jit
+def finalize(
+    mean, rest, std, M, eps, c, cmask, C,
+    stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
+):  # fmt: skip
+    """Save the statistics of channels of M elements, and move their running ones; returns rstd."""
+    rstd = rstd_of(std, tl.full((), eps, std.dtype))
+    tl.store(stats_ptr + c, mean, mask=cmask)
+    tl.store(stats_ptr + C + c, rest, mask=cmask)
+    tl.store(stats_ptr + 2 * C + c, rstd, mask=cmask)
+    moving_average(running_mean_ptr, c, cmask, mean + rest, momentum, momentum_ptr)
+    unbiased = std * std * (M / (M - 1.0))
+    moving_average(running_var_ptr, c, cmask, unbiased, momentum, momentum_ptr)
+    return rstd
+
+
+@triton.jit
+def count_batch(count_ptr, pid):
+    if count_ptr is not None:
+        if pid == 0:
+            tl.store(count_ptr, tl.load(count_ptr) + 1)
+
+
+# One program owns BLOCK_C channels.
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_fwd_kernel(
+    x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
+    y_ptr, stats_ptr,                       # (N, C, S), (3, C): mean, rest, rstd
+    running_mean_ptr, running_var_ptr, count_ptr, momentum_ptr,  # (C,), (C,), (), ()
+    momentum: tl.float64, eps: tl.float64,
+    N, C, S, tiles,
+    ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    pid = tl.program_id(0).to(tl.int64)
+    c, cmask = channels_of(pid, C, BLOCK_C)
+    mean, rest, std = moments_of_tiles(
+        x_ptr, pid * 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+    )
+    rstd = finalize(
+        mean, rest, std, (N * S).to(ACC), eps, c, cmask, C,
+        stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
+    )  # fmt: skip
+    w = load_or(w_ptr, c, cmask, 1.0, ACC)
+    b = load_or(b_ptr, c, cmask, 0.0, ACC)
+    normalize_tiles(
+        x_ptr, residual_ptr, y_ptr, pid * 0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        ACT, BLOCK_N, BLOCK_S, COLUMNS,
+    )  # fmt: skip
+    count_batch(count_ptr, pid)
+
+
+# One program owns some consecutive tiles of BLOCK_C channels, and leaves their partial statistics.
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_fwd_moments_kernel(
+    x_ptr, partial_ptr, count_ptr,          # (N, C, S), (3, P, C): mean, rest, std, ()
+    N, C, S, P, tiles, tiles_per_program,
+    BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    pid = tl.program_id(0).to(tl.int64)
+    p = pid % P
+    c, cmask = channels_of(pid // P, C, BLOCK_C)
+    first = p * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, tiles)
+    mean, rest, std = moments_of_tiles(
+        x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+    )
+    at = p * C + c
+    tl.store(partial_ptr + at, mean, mask=cmask)
+    tl.store(partial_ptr + P * C + at, rest, mask=cmask)
+    tl.store(partial_ptr + 2 * P * C + at, std, mask=cmask)
+    count_batch(count_ptr, pid)
+
+
+# One program owns BLOCK_C channels of the statistics.
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_fwd_finalize_kernel(
+    partial_ptr, stats_ptr,                 # (3, P, C), (3, C)
+    running_mean_ptr, running_var_ptr, momentum_ptr,  # (C,), (C,), ()
+    momentum: tl.float64, eps: tl.float64,
+    N, C, S, P, tiles, tiles_per_program, block_n, block_s,  # how the partials were tiled
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, 1, False)
+    c, cmask = channels_of(tl.program_id(0).to(tl.int64), C, BLOCK_C)
+    base = finite_or_zero(tl.load(partial_ptr + c, mask=cmask, other=0.0))
+    count = tl.zeros((BLOCK_C,), ACC)
+    mean = tl.zeros((BLOCK_C,), ACC)  # relative to base
+    std = tl.zeros((BLOCK_C,), ACC)
+    for start in range(0, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P).to(tl.int64)
+        first = tl.minimum(p * tiles_per_program, tiles)
+        last = tl.minimum(first + tiles_per_program, tiles)
+        held = elements_before(last, N, S, block_n, block_s)
+        held -= elements_before(first, N, S, block_n, block_s)
+        at = (p * C)[:, None] + c[None, :]
+        mask = (p < P)[:, None] & cmask[None, :]
+        mean_p = load_as(partial_ptr, at, mask, ACC) - base[None, :]
+        mean_p = tl.where(mask, mean_p + load_as(partial_ptr, P * C + at, mask, ACC), 0.0)
+        std_p = load_as(partial_ptr, 2 * P * C + at, mask, ACC)
+        count_b, mean_b, std_b = merge_partials(held.to(ACC)[:, None], mean_p, std_p)
+        count, mean, std = merge_two(count, mean, std, count_b, mean_b, std_b)
+    mean, rest = two_sum(base, mean)
+    finalize(
+        mean, rest, std, (N * S).to(ACC), eps, c, cmask, C,
+        stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
+    )  # fmt: skip
+
+
+# One program owns the tiles of BLOCK_C channels that it reduced before. In evaluation the first
+# program of a channel saves the running statistics, which may have moved when the backward runs.
+@triton.jit(do_not_specialize=SIZES)
+def batch_norm_fwd_apply_kernel(
+    x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
+    y_ptr, stats_ptr,                       # (N, C, S), (3, C): mean, rest, rstd
+    running_mean_ptr, running_var_ptr,      # (C,), (C,); None in training
+    eps: tl.float64,
+    N, C, S, P, tiles, tiles_per_program,
+    ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    pid = tl.program_id(0).to(tl.int64)
+    p = pid % P
+    c, cmask = channels_of(pid // P, C, BLOCK_C)
+    if running_mean_ptr is None:
+        mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
+    else:
+        mean = load_as(running_mean_ptr, c, cmask, ACC)
+        rest = tl.zeros((BLOCK_C,), ACC)
+        var = tl.load(running_var_ptr + c, mask=cmask, other=1.0).to(ACC)
+        rstd = 1.0 / sqrt(var + tl.full((), eps, ACC))
+        if p == 0:
+            tl.store(stats_ptr + c, mean, mask=cmask)
+            tl.store(stats_ptr + C + c, rest, mask=cmask)
+            tl.store(stats_ptr + 2 * C + c, rstd, mask=cmask)
+    w = load_or(w_ptr, c, cmask, 1.0, ACC)
+    b = load_or(b_ptr, c, cmask, 0.0, ACC)
+    first = p * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, tiles)
+    normalize_tiles(
+        x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        ACT, BLOCK_N, BLOCK_S, COLUMNS,
+    )  # fmt: skip

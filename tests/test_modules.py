@@ -1,0 +1,833 @@
+"""Modules are torch.nn's with another forward: same parameters, buffers, state dict and results."""
+
+import copy
+import inspect
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import assert_close
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize
+
+import fastnorm
+from fastnorm.eager.activations import ACTIVATIONS
+
+NORMS = {
+    "BatchNorm1d, (N, C)": ("BatchNorm1d", (6, 3)),
+    "BatchNorm1d, (N, C, L)": ("BatchNorm1d", (4, 3, 5)),
+    "BatchNorm2d": ("BatchNorm2d", (4, 3, 5, 2)),
+    "BatchNorm3d": ("BatchNorm3d", (2, 3, 2, 3, 4)),
+}
+CLASSES = ("BatchNorm1d", "BatchNorm2d", "BatchNorm3d")
+CONVOLUTIONS = ("Conv1dBatchNorm", "Conv2dBatchNorm", "Conv3dBatchNorm")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One of our modules, what it stands for in torch.nn, and the shape of its input."""
+
+    ours: Callable[..., nn.Module]
+    theirs: Callable[..., nn.Module]
+    shape: tuple[int, ...]
+
+    def both(self, device: torch.device, dtype: torch.dtype, **options: Any) -> tuple[Any, Any]:
+        """The two modules with the same random parameters and buffers."""
+        torch.manual_seed(0)
+        ours = self.ours(**options).to(device, dtype)
+        theirs = self.theirs(**options).to(device, dtype)
+        randomize(theirs)
+        ours.load_state_dict(theirs.state_dict())
+        return ours, theirs
+
+    def batch(self, device: torch.device, dtype: torch.dtype, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(self.shape, generator=generator, dtype=torch.float64) * 2 + seed
+        return x.to(device, dtype)
+
+
+def sequential(product: nn.Module, norm: nn.Module) -> nn.Module:
+    return nn.Sequential(OrderedDict(linear=product, norm=norm, act=nn.ReLU()))
+
+
+def _linear(bias: bool = False, **options: Any) -> nn.Module:
+    layers = {"linear": nn.Linear(4, 3, bias), "norm": nn.BatchNorm1d(3, **options)}
+    return nn.Sequential(OrderedDict(**layers, act=nn.ReLU()))
+
+
+def _convolution(rank: int, kernel: int, **geometry: Any) -> Callable[..., nn.Module]:
+    def build(bias: bool = False, **options: Any) -> nn.Module:
+        conv = getattr(nn, f"Conv{rank}d")(4, 6, kernel, bias=bias, **geometry)
+        norm = getattr(nn, f"BatchNorm{rank}d")(6, **options)
+        return nn.Sequential(OrderedDict(conv=conv, norm=norm, act=nn.ReLU()))
+
+    return build
+
+
+def _our_convolution(rank: int, kernel: int, **geometry: Any) -> Callable[..., nn.Module]:
+    kind = getattr(fastnorm, f"Conv{rank}dBatchNorm")
+    return lambda **options: kind(4, 6, kernel, **geometry, **options)
+
+
+def _convolutions() -> Iterator[tuple[str, Pair]]:
+    plain: dict[str, Any] = {}
+    grouped = {"stride": 2, "padding": 1, "dilation": 2, "groups": 2}
+    for name, rank, kernel, geometry, shape in [
+        ("Conv1dBatchNorm", 1, 3, plain, (3, 4, 6)),
+        ("Conv1dBatchNorm, 1", 1, 1, plain, (3, 4, 6)),
+        ("Conv2dBatchNorm", 2, 3, plain, (3, 4, 5, 4)),
+        ("Conv2dBatchNorm, 1", 2, 1, plain, (3, 4, 3, 4)),
+        ("Conv2dBatchNorm, geometry", 2, 3, grouped, (3, 4, 7, 8)),
+        ("Conv2dBatchNorm, same", 2, 3, {"padding": "same"}, (3, 4, 5, 4)),
+        ("Conv3dBatchNorm", 3, 2, plain, (2, 4, 3, 3, 3)),
+    ]:
+        ours, theirs = (
+            _our_convolution(rank, kernel, **geometry),
+            _convolution(rank, kernel, **geometry),
+        )
+        yield name, Pair(ours, theirs, shape)
+
+
+def _norms() -> Iterator[tuple[str, Pair]]:
+    for name, (kind, shape) in NORMS.items():
+        ours, theirs = getattr(fastnorm, kind), getattr(nn, kind)
+        yield (
+            name,
+            Pair(
+                lambda ours=ours, **options: ours(3, **options),
+                lambda theirs=theirs, **options: theirs(3, **options),
+                shape,
+            ),
+        )
+
+
+PAIRS = {
+    **dict(_norms()),
+    "LinearBatchNorm": Pair(lambda **o: fastnorm.LinearBatchNorm(4, 3, **o), _linear, (6, 4)),
+    **dict(_convolutions()),
+}
+OPTIONS = {
+    "default": {},
+    "cumulative": {"momentum": None},
+    "other numbers": {"momentum": 0.7, "eps": 0.1},
+    "frozen numbers": {"momentum": 0.0},
+    "not affine": {"affine": False},
+    "untracked": {"track_running_stats": False},
+    "untracked, cumulative": {"track_running_stats": False, "momentum": None},
+}
+each_pair = pytest.mark.parametrize("name", PAIRS)
+
+
+def randomize(module: nn.Module) -> None:
+    """Parameters and buffers such that none can be mistaken for another or for its default."""
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point():
+            values = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+            tensor.copy_(values.abs() + 0.5 if "var" in name else values)
+        else:
+            tensor.fill_(5)
+
+
+def assert_same_state(ours: nn.Module, theirs: nn.Module, exact: bool = True) -> None:
+    got, want = ours.state_dict(), theirs.state_dict()
+    assert list(got) == list(want)
+    for name, tensor in want.items():
+        assert got[name].dtype == tensor.dtype, name
+        if exact or not tensor.is_floating_point():
+            assert torch.equal(got[name], tensor), name
+        else:
+            close(got[name], tensor, name)
+
+
+def close(got: Tensor, want: Tensor, name: str = "") -> None:
+    """Equal up to the order of a few dozen float64 (float32, ...) operations."""
+    assert got.dtype == want.dtype, name
+    step = 1e4 * torch.finfo(got.dtype).eps
+    torch.testing.assert_close(got, want, rtol=step, atol=step, msg=lambda text: f"{name}: {text}")
+
+
+# ---- state dict, copies --------------------------------------------------------------------------
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_pair
+def test_state_dict_both_ways(name, options):
+    pair = PAIRS[name]
+    ours, theirs = pair.ours(**options), pair.theirs(**options)
+    randomize(theirs)
+    assert not list(ours.load_state_dict(theirs.state_dict(), strict=True).missing_keys)
+    assert_same_state(ours, theirs)
+    back = pair.theirs(**options)
+    back.load_state_dict(ours.state_dict(), strict=True)
+    assert_same_state(back, theirs)
+    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
+    assert [n for n, _ in ours.named_buffers()] == [n for n, _ in theirs.named_buffers()]
+    assert ours.state_dict()._metadata.keys() >= {
+        k for k in theirs.state_dict()._metadata if k != "act"
+    }
+
+
+@each_pair
+def test_state_dict_with_bias(name):
+    pair = PAIRS[name]
+    if "bias" not in inspect.signature(pair.theirs).parameters:
+        pytest.skip("a norm without a product before it")
+    ours, theirs = pair.ours(bias=True), pair.theirs(bias=True)
+    randomize(theirs)
+    ours.load_state_dict(theirs.state_dict())
+    assert_same_state(ours, theirs)
+
+
+def test_strict_names_what_is_missing():
+    state = nn.BatchNorm1d(3).state_dict()
+    del state["running_var"]
+    with pytest.raises(RuntimeError, match="running_var"):
+        fastnorm.BatchNorm1d(3).load_state_dict(state)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        fastnorm.BatchNorm1d(4).load_state_dict(nn.BatchNorm1d(3).state_dict())
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_checkpoints_from_before_batches_were_counted(kind):
+    """Version 1 has no num_batches_tracked; torch keeps the module's own."""
+    state = dict(getattr(nn, kind)(3).state_dict())
+    del state["num_batches_tracked"]
+    ours = getattr(fastnorm, kind)(3)
+    ours.load_state_dict(state, strict=True)
+    assert ours.num_batches_tracked.item() == 0
+
+
+def copies(module: nn.Module) -> dict[str, nn.Module]:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return {
+        "pickle": pickle.loads(pickle.dumps(module)),
+        "copy.deepcopy": copy.deepcopy(module),
+        "torch.load": torch.load(file, weights_only=False),
+    }
+
+
+@each_pair
+def test_copies_are_the_same_and_apart(backend, name):
+    pair = PAIRS[name]
+    ours = pair.ours(activation="elu", momentum=None, eps=0.25).to(backend, torch.float64)
+    randomize(ours)
+    x = pair.batch(backend, torch.float64)
+    for way, twin in copies(ours).items():
+        assert type(twin) is type(ours)
+        assert repr(twin) == repr(ours)
+        assert_same_state(twin, ours)
+        want = copy.deepcopy(ours)(x)
+        before = {k: v.clone() for k, v in ours.state_dict().items()}
+        assert torch.equal(twin(x), want), way
+        assert all(torch.equal(v, before[k]) for k, v in ours.state_dict().items()), way
+        twin.eval()
+        assert torch.equal(twin(x), twin(x))
+        assert ours.training
+
+
+def test_weights_only_load():
+    ours = fastnorm.Conv2dBatchNorm(4, 3, 1)
+    randomize(ours)
+    file = io.BytesIO()
+    torch.save(ours.state_dict(), file)
+    file.seek(0)
+    theirs = _convolution(2, 1)()
+    theirs.load_state_dict(
+        {
+            k: v.repeat(2, *[1] * (v.ndim - 1)) if v.ndim else v
+            for k, v in torch.load(file, weights_only=True).items()
+        }
+    )
+    assert torch.equal(theirs.norm.running_var[:3], ours.norm.running_var)
+
+
+# ---- constructor, class, repr --------------------------------------------------------------------
+@pytest.mark.parametrize("kind", CLASSES)
+def test_is_torchs_class(kind):
+    ours, torchs = getattr(fastnorm, kind), getattr(nn, kind)
+    assert issubclass(ours, torchs)
+    assert issubclass(ours, nn.modules.batchnorm._BatchNorm)
+    assert ours.__name__ == kind
+    assert not isinstance(ours(3), tuple(getattr(nn, other) for other in CLASSES if other != kind))
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_constructor_takes_what_torchs_takes(kind):
+    ours, torchs = getattr(fastnorm, kind), getattr(nn, kind)
+    values = {
+        "num_features": 5, "eps": 0.5, "momentum": None, "affine": True,
+        "track_running_stats": True, "device": "cpu", "dtype": torch.float64, "bias": False,
+    }  # fmt: skip
+    parameters = inspect.signature(torchs).parameters
+    assert set(parameters) <= set(values), "the installed torch takes something new: test it"
+    by_position = [n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+    by_keyword = {n: values[n] for n in parameters if n not in by_position}
+    for positional in range(1, len(by_position) + 1):
+        arguments = [values[n] for n in by_position[:positional]]
+        a, b = ours(*arguments, **by_keyword), torchs(*arguments, **by_keyword)
+        assert_same_state(a, b)
+        assert a.extra_repr() == b.extra_repr()
+        for name in ("num_features", "eps", "momentum", "affine", "track_running_stats"):
+            assert getattr(a, name) == getattr(b, name)
+        assert (a.bias is None) == (b.bias is None)
+    for name in by_position[1:]:
+        a, b = ours(3, **{name: values[name]}), torchs(3, **{name: values[name]})
+        assert a.extra_repr() == b.extra_repr()
+        assert_same_state(a, b)
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_activation_is_keyword_only(kind):
+    with pytest.raises(TypeError):
+        getattr(fastnorm, kind)(3, 1e-5, 0.1, True, True, None, None, "relu")
+
+
+def test_compound_constructors_take_what_their_parts_take():
+    names = {
+        fastnorm.LinearBatchNorm: ["in_features", "out_features", "bias"],
+        fastnorm.Conv2dBatchNorm: [
+            "in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups",
+            "bias",
+        ],
+    }  # fmt: skip
+    shared = ["eps", "momentum", "affine", "track_running_stats", "device", "dtype"]
+    for kind, own in names.items():
+        parameters = inspect.signature(kind).parameters
+        by_position = [n for n, p in parameters.items() if p.kind is not p.KEYWORD_ONLY]
+        assert by_position == own + shared
+        assert [n for n in parameters if n not in by_position] == ["activation"]
+        assert parameters["activation"].default == "relu"
+        assert parameters["bias"].default is False
+    linear = fastnorm.LinearBatchNorm(4, 3, True, 0.5, None, True, True, "cpu", torch.float64)
+    assert linear.linear.bias.dtype == linear.norm.weight.dtype == torch.float64
+    assert (linear.norm.eps, linear.norm.momentum) == (0.5, None)
+    conv = fastnorm.Conv2dBatchNorm(
+        4, 6, (3, 1), (1, 2), (1, 0), 1, 2, True, 0.5, 0.2, False, False, "cpu", torch.float64
+    )
+    assert (conv.conv.stride, conv.conv.padding, conv.conv.groups) == ((1, 2), (1, 0), 2)
+    assert conv.conv.bias.dtype == torch.float64
+    assert (conv.norm.eps, conv.norm.momentum) == (0.5, 0.2)
+    assert conv.norm.weight is None
+    assert conv.norm.running_mean is None
+
+
+@each_pair
+def test_device_and_dtype(name):
+    made = PAIRS[name].ours(device="meta", dtype=torch.float16)
+    tensors = list(made.state_dict().values())
+    assert tensors
+    assert all(t.is_meta for t in tensors)
+    assert {t.dtype for t in tensors} == {torch.float16, torch.int64}
+
+
+@pytest.mark.parametrize("kind", CLASSES)
+def test_extra_repr(kind):
+    ours, torchs = getattr(fastnorm, kind), getattr(nn, kind)
+    assert ours(3).extra_repr() == torchs(3).extra_repr()
+    assert repr(ours(3, eps=0.5, momentum=None)) == repr(torchs(3, eps=0.5, momentum=None))
+    for activation in ACTIVATIONS:
+        shown = ours(3, activation=activation).extra_repr()
+        assert shown.startswith(torchs(3).extra_repr())
+        assert (repr(activation) in shown) == (activation != "identity")
+
+
+@pytest.mark.parametrize("kind", ["LinearBatchNorm", *CONVOLUTIONS])
+def test_repr_of_compounds(kind):
+    sizes = (4, 3) if kind == "LinearBatchNorm" else (4, 3, 1)
+    shown = repr(getattr(fastnorm, kind)(*sizes, activation="silu"))
+    assert shown.startswith(f"{kind}(\n")
+    assert "activation='silu'" in shown
+    assert repr(getattr(fastnorm, kind)(*sizes, activation="identity")).count("activation") == 0
+
+
+# ---- training ------------------------------------------------------------------------------------
+def train(module: nn.Module, batches: list[Tensor], frozen: bool = False) -> Iterator[Tensor]:
+    """Outputs and input gradients of some steps of SGD, then of evaluation."""
+    parameters = [p for p in module.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.5) if parameters else None
+    for i, x in enumerate(batches):
+        module.train(i < len(batches) - 1)
+        x = x.clone().requires_grad_()
+        y = module(x)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(i), dtype=torch.float64)
+        yield y.detach()
+        module.zero_grad()
+        y.backward(dy.to(y))
+        yield x.grad
+        yield from (p.grad for p in module.parameters() if p.grad is not None)
+        if optimizer is not None:
+            optimizer.step()
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@each_pair
+def test_trains_as_torchs(backend, name, options):
+    """Outputs, gradients, parameters and buffers of three steps and an evaluation."""
+    pair = PAIRS[name]
+    ours, theirs = pair.both(backend, torch.float64, **options)
+    batches = [pair.batch(backend, torch.float64, seed) for seed in range(4)]
+    results = zip(train(ours, batches), train(theirs, batches), strict=True)
+    for i, (got, want) in enumerate(results):
+        close(got, want, f"result {i}")
+    assert_same_state(ours, theirs, exact=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("name", ["BatchNorm2d", "LinearBatchNorm", "Conv2dBatchNorm, 1"])
+def test_trains_as_torchs_in_fewer_bits(backend, name, dtype):
+    pair = PAIRS[name]
+    ours, theirs = pair.both(backend, dtype)
+    batches = [pair.batch(backend, dtype, seed) for seed in range(3)]
+    for got, want in zip(train(ours, batches), train(theirs, batches), strict=True):
+        assert got.dtype == want.dtype
+        tolerance = 100 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", ["BatchNorm1d, (N, C)", "BatchNorm2d", "LinearBatchNorm"])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batches_are_counted_in_training_alone(backend, name, momentum):
+    pair = PAIRS[name]
+    module = pair.ours(momentum=momentum).to(backend)
+    norm = getattr(module, "norm", module)
+    x = pair.batch(backend, torch.float32)
+    for expected, training in [(1, True), (2, True), (2, False), (3, True), (3, False)]:
+        module.train(training)
+        before = norm.running_mean.clone()
+        module(x)
+        assert norm.num_batches_tracked.item() == expected
+        assert norm.num_batches_tracked.dtype == torch.int64
+        assert torch.equal(norm.running_mean, before) == (not training)
+
+
+def test_cumulative_average_is_the_average_of_the_batches(backend):
+    ours = fastnorm.BatchNorm1d(3, momentum=None).to(backend, torch.float64)
+    batches = [torch.randn(5, 3, dtype=torch.float64).to(backend) + i for i in range(4)]
+    for x in batches:
+        ours(x)
+    close(ours.running_mean, torch.stack([x.mean(0) for x in batches]).mean(0))
+    close(ours.running_var, torch.stack([x.var(0) for x in batches]).mean(0))
+
+
+def test_evaluation_does_not_depend_on_the_batch(backend):
+    ours = fastnorm.BatchNorm2d(3, activation="silu").to(backend, torch.float64)
+    x = torch.randn(6, 3, 4, 4, dtype=torch.float64, device=backend)
+    ours(x)
+    ours.eval()
+    close(ours(x)[:1], ours(x[:1]))
+    close(ours(x[:1, :, :1, :1]), ours(x)[:1, :, :1, :1])
+
+
+def test_attributes_changed_later(backend):
+    """What people set on a norm after it was made has torch's effect."""
+    x = torch.randn(4, 3, 5, dtype=torch.float64, device=backend)
+    changes = [
+        {"momentum": 0.9},
+        {"momentum": None},
+        {"eps": 1.0},
+        {"track_running_stats": False},  # batch statistics in training, buffers in evaluation
+        {"running_mean": None, "running_var": None},  # batch statistics, always
+        {"num_batches_tracked": None},
+        {"num_batches_tracked": None, "momentum": None},
+        {"weight": None, "bias": None},
+    ]
+    for change in changes:
+        ours, theirs = PAIRS["BatchNorm1d, (N, C, L)"].both(backend, torch.float64)
+        for norm in (ours, theirs):
+            for name, value in change.items():
+                setattr(norm, name, value)
+        for training in (True, True, False):
+            close(ours.train(training)(x), theirs.train(training)(x), str(change))
+        assert_same_state(ours, theirs, exact=False)
+
+
+def test_reset(backend):
+    ours, theirs = PAIRS["BatchNorm2d"].both(backend, torch.float64)
+    ours.reset_running_stats()
+    theirs.reset_running_stats()
+    assert_same_state(ours, theirs)
+    ours.reset_parameters()
+    theirs.reset_parameters()
+    assert_same_state(ours, theirs)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("frozen", ["weight", "bias", "both", "input", "everything"])
+def test_frozen(backend, frozen, training):
+    """What does not require a gradient gets none, and the others are unchanged."""
+    shape = (4, 3, 5)
+    ours, theirs = PAIRS["BatchNorm1d, (N, C, L)"].both(backend, torch.float64)
+    results = []
+    for norm in (ours, theirs):
+        norm.train(training)
+        norm.weight.requires_grad_(frozen not in ("weight", "both", "everything"))
+        norm.bias.requires_grad_(frozen not in ("bias", "both", "everything"))
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        x = x.to(backend).requires_grad_(frozen not in ("input", "everything"))
+        y = norm(x)
+        assert y.requires_grad == (frozen != "everything")
+        if y.requires_grad:
+            (y**2).sum().backward()
+        results.append((x.grad, norm.weight.grad, norm.bias.grad))
+    for got, want in zip(*results, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            close(got, want)
+    assert_same_state(ours, theirs, exact=False)
+
+
+# ---- activation, residual ------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "LinearBatchNorm", *CONVOLUTIONS])
+def test_every_activation_reaches_the_function(backend, kind):
+    rank = {"BatchNorm2d": 2, "Conv2dBatchNorm": 2, "Conv1dBatchNorm": 1, "Conv3dBatchNorm": 3}
+    shape = (4, 3, *[3] * rank.get(kind, 0))
+    sizes = (3,) if kind.startswith("Batch") else (3, 3) if kind.startswith("Lin") else (3, 3, 1)
+    x = torch.randn(shape, dtype=torch.float64).to(backend)
+    plain = getattr(fastnorm, kind)(*sizes, activation="identity").to(backend, torch.float64)
+    for activation in ACTIVATIONS:
+        ours = getattr(fastnorm, kind)(*sizes, activation=activation).to(backend, torch.float64)
+        ours.load_state_dict(plain.state_dict())
+        z = copy.deepcopy(plain)(x)
+        if activation == "gelu_tanh":
+            want = F.gelu(z, approximate="tanh")
+        else:
+            want = z if activation == "identity" else getattr(F, activation)(z)
+        close(ours(x), want, activation)
+
+
+def test_residual_by_position_and_by_keyword(backend):
+    ours, theirs = PAIRS["BatchNorm2d"].both(backend, torch.float64)
+    ours.activation = "relu"
+    x, residual = (torch.randn(4, 3, 5, 2, dtype=torch.float64, device=backend) for _ in range(2))
+    want = F.relu(theirs(x) + residual)
+    assert torch.equal(want > 0, copy.deepcopy(ours)(x, residual) > 0)
+    close(copy.deepcopy(ours)(x, residual), want)
+    close(copy.deepcopy(ours)(x, residual=residual), want)
+    close(copy.deepcopy(ours)(input=x, residual=residual), want)
+    close(copy.deepcopy(ours)(x, None), F.relu(copy.deepcopy(ours.train(False).train())(x)))
+
+
+def test_in_sequential(backend):
+    """One argument in, one tensor out."""
+    ours = nn.Sequential(nn.Linear(4, 3), fastnorm.BatchNorm1d(3, activation="relu"))
+    theirs = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
+    ours.to(backend, torch.float64)
+    theirs.to(backend, torch.float64).load_state_dict(ours.state_dict())
+    x = torch.randn(6, 4, dtype=torch.float64, device=backend)
+    close(ours(x), theirs(x))
+
+
+def test_a_block_with_a_residual_trains_as_torchs(backend):
+    """The sum of a ResNet's block, where the residual is also the input of the branch."""
+
+    def run(norm: nn.Module, call: Callable[[nn.Module, Tensor, Tensor], Tensor]) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(3)
+        x = torch.randn(4, 3, 4, 4, generator=generator, dtype=torch.float64).to(backend)
+        x.requires_grad_()
+        y = call(norm, x * 2 + 1, x)
+        dy = torch.randn(y.shape, generator=generator, dtype=torch.float64).to(backend)
+        return [y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], dy)]
+
+    ours, theirs = PAIRS["BatchNorm2d"].both(backend, torch.float64)
+    ours.activation = "relu"
+    got = run(ours, lambda norm, z, x: norm(z, x))
+    want = run(theirs, lambda norm, z, x: F.relu(norm(z) + x))
+    for mine, others in zip(got, want, strict=True):
+        close(mine, others)
+
+
+# ---- leading axes, dtypes, memory formats --------------------------------------------------------
+@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (2, 1, 3, 4), (1, 1, 1, 2, 4)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_linear_over_leading_axes(backend, shape, training):
+    """Statistics over every row, as on the input flattened to two axes."""
+    ours, theirs = PAIRS["LinearBatchNorm"].both(backend, torch.float64, bias=True)
+    ours.train(training)
+    theirs.train(training)
+    x = torch.randn(shape, dtype=torch.float64, device=backend).requires_grad_()
+    y = ours(x)
+    assert y.shape == (*shape[:-1], 3)
+    want = theirs(x.flatten(0, -2)).view(y.shape)
+    close(y, want)
+    dy = torch.randn(shape[:-1], dtype=torch.float64, device=backend)[..., None].expand(y.shape)
+    leaves = (x, ours.linear.weight, ours.linear.bias, ours.norm.weight, ours.norm.bias)
+    got = torch.autograd.grad(y, leaves, dy)
+    leaves = (x, theirs.linear.weight, theirs.linear.bias, theirs.norm.weight, theirs.norm.bias)
+    for mine, others in zip(got, torch.autograd.grad(want, leaves, dy), strict=True):
+        close(mine, others)
+    assert_same_state(ours, theirs, exact=False)
+
+
+def test_linear_on_a_transposed_input(backend):
+    ours, theirs = PAIRS["LinearBatchNorm"].both(backend, torch.float64)
+    x = torch.randn(4, 5, 2, dtype=torch.float64, device=backend).permute(2, 1, 0)
+    close(ours(x), theirs(x.reshape(-1, 4)).view(2, 5, 3))
+
+
+@pytest.mark.parametrize("cast", ["half", "bfloat16", "double", "float"])
+@pytest.mark.parametrize("name", ["BatchNorm2d", "LinearBatchNorm", "Conv1dBatchNorm, 1"])
+def test_casts(backend, name, cast):
+    pair = PAIRS[name]
+    wide, theirs = pair.both(backend, torch.float64)
+    ours = getattr(copy.deepcopy(wide), cast)()
+    theirs = getattr(theirs, cast)()
+    assert_same_state(ours, theirs)
+    norm = getattr(ours, "norm", ours)
+    dtype = norm.weight.dtype
+    assert norm.num_batches_tracked.dtype == torch.int64
+    x = pair.batch(backend, dtype)
+    y = ours(x)
+    assert y.dtype == dtype
+    wide.load_state_dict(theirs.state_dict())
+    product = getattr(wide, "linear", getattr(wide, "conv", None))
+    if product is None:
+        want = wide(x.double())
+        assert_close(y, want, x.numel() // x.shape[1])
+        assert_close(norm.running_var, wide.running_var, x.numel() // x.shape[1])
+    else:  # the product is rounded before it is normalized
+        want = wide(x.double())
+        step = 8 * torch.finfo(dtype).eps * want.abs().max().item()
+        torch.testing.assert_close(y.double(), want, rtol=0, atol=step)
+
+
+@pytest.mark.parametrize("parameters", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["BatchNorm2d", "LinearBatchNorm", "Conv2dBatchNorm, 1"])
+def test_parameters_of_another_dtype(backend, name, parameters):
+    """Accepted also where torch's CPU operators raise; the output has the input's dtype."""
+    pair = PAIRS[name]
+    module = pair.ours().to(backend, parameters)
+    x = pair.batch(backend, torch.float16).requires_grad_()
+    y = module(x)
+    assert y.dtype == torch.float16
+    y.sum().backward()
+    assert x.grad.dtype == torch.float16
+    assert all(p.grad.dtype == parameters for p in module.parameters())
+    assert module.eval()(x).dtype == torch.float16
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape", "memory_format"),
+    [
+        ("BatchNorm2d", (2, 6, 4, 5), torch.channels_last),
+        ("BatchNorm3d", (2, 6, 2, 4, 5), torch.channels_last_3d),
+        ("Conv2dBatchNorm", (2, 6, 4, 5), torch.channels_last),
+        ("Conv3dBatchNorm", (2, 6, 2, 4, 5), torch.channels_last_3d),
+    ],
+)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_channels_last_modules(backend, kind, shape, memory_format, training):
+    sizes = (6,) if kind.startswith("Batch") else (6, 6, 1)
+    plain = getattr(fastnorm, kind)(*sizes).to(backend, torch.float64).train(training)
+    module = copy.deepcopy(plain).to(memory_format=memory_format)
+    x = torch.randn(shape, dtype=torch.float64, device=backend)
+    dense = x.to(memory_format=memory_format).requires_grad_()
+    y = module(dense)
+    assert y.is_contiguous(memory_format=memory_format)
+    close(y, plain(x))
+    (y**2).sum().backward()
+    assert dense.grad.is_contiguous(memory_format=memory_format)
+    assert_same_state(module, plain, exact=False)
+
+
+# ---- autograd modes ------------------------------------------------------------------------------
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("name", ["BatchNorm1d, (N, C)", "BatchNorm2d", "LinearBatchNorm"])
+def test_without_gradients(backend, name, mode):
+    pair = PAIRS[name]
+    for training in (True, False):
+        ours, theirs = pair.both(backend, torch.float64)
+        x = pair.batch(backend, torch.float64)
+        with mode():
+            y = ours.train(training)(x)
+            want = theirs.train(training)(x)
+        assert not y.requires_grad
+        assert y.is_inference() == want.is_inference()
+        close(y, want)
+        assert_same_state(ours, theirs, exact=False)
+        ours.train()(x.clone().requires_grad_()).sum().backward()  # training goes on
+
+
+def test_trains_and_evaluates_inside_inference_mode(backend):
+    with torch.inference_mode():
+        ours = fastnorm.BatchNorm1d(3, device=backend)
+        ours(torch.ones(2, 3, device=backend))
+        assert ours.num_batches_tracked.item() == 1
+        ours.eval()(torch.ones(2, 3, device=backend))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("changed", ["input", "weight", "bias", "output", "nothing"])
+def test_a_change_in_place_is_noticed_where_torch_notices(backend, changed, training):
+    raised = []
+    for kind in (fastnorm.BatchNorm2d, nn.BatchNorm2d):
+        norm = kind(3).to(backend).train(training)
+        x = torch.randn(4, 3, 5, 2, device=backend).requires_grad_()
+        y = norm(x)
+        target = {"input": x, "weight": norm.weight, "bias": norm.bias, "output": y}.get(changed)
+        if target is not None:
+            with torch.no_grad():
+                target.add_(1)
+        try:
+            y.sum().backward()
+        except RuntimeError as error:
+            assert "modified by an inplace operation" in str(error)
+            raised.append(True)
+        else:
+            raised.append(False)
+    assert raised[0] == raised[1], f"ours raises: {raised[0]}, torch's: {raised[1]}"
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("changed", ["input", "residual", "bias", "output"])
+def test_a_change_in_place_never_gives_another_gradient(backend, changed, activation):
+    """What the backward needs again is either noticed or not needed."""
+    x, residual = (torch.randn(4, 3, 5, device=backend) for _ in range(2))
+    gradients = []
+    for change in (False, True):
+        norm = fastnorm.BatchNorm1d(3, activation=activation, device=backend)
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        y = norm(*leaves)
+        if change:
+            targets = {"input": leaves[0], "residual": leaves[1], "bias": norm.bias, "output": y}
+            with torch.no_grad():
+                targets[changed].add_(1)
+        try:
+            gradients.append(torch.autograd.grad(y, [*leaves, norm.weight], x))
+        except RuntimeError as error:
+            assert change, error
+            assert "modified by an inplace operation" in str(error)
+            return
+    for before, after in zip(*gradients, strict=True):
+        assert torch.equal(before, after)
+
+
+def test_running_statistics_are_seen_to_change(backend):
+    """The buffers' version counters move, so that who saved them is told."""
+    norm = fastnorm.BatchNorm1d(3, device=backend)
+    before = [b._version for b in norm.buffers()]
+    norm(torch.randn(4, 3, device=backend))
+    assert all(b._version > v for b, v in zip(norm.buffers(), before, strict=True))
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_autocast_gives_torchs_dtypes(backend, name, dtype):
+    pair = PAIRS[name]
+    ours, theirs = pair.both(backend, torch.float32)
+    for training in (True, False):
+        outcomes = []
+        for module in (ours, theirs):
+            module.train(training).zero_grad()
+            x = pair.batch(backend, dtype).requires_grad_()
+            with torch.autocast(backend.type, dtype=torch.bfloat16):
+                y = module(x)
+            y.float().pow(2).sum().backward()
+            gradients = [p.grad.dtype for p in module.parameters()]
+            outcomes.append((y.dtype, x.grad.dtype, gradients, y.detach()))
+        assert outcomes[0][:3] == outcomes[1][:3]
+        torch.testing.assert_close(outcomes[0][3], outcomes[1][3], rtol=0.05, atol=0.05)
+        assert_dtypes(ours, theirs)
+
+
+def assert_dtypes(ours: nn.Module, theirs: nn.Module) -> None:
+    got, want = ours.state_dict(), theirs.state_dict()
+    assert {k: v.dtype for k, v in got.items()} == {k: v.dtype for k, v in want.items()}
+
+
+def test_autocast_with_a_wider_residual(backend):
+    """The sum is promoted, as torch's is."""
+    norm = fastnorm.BatchNorm1d(3, device=backend, activation="relu")
+    with torch.autocast(backend.type, dtype=torch.bfloat16):
+        x = torch.randn(4, 3, device=backend, dtype=torch.bfloat16)
+        assert norm(x, torch.randn(4, 3, device=backend)).dtype is torch.float32
+        assert norm(x, x).dtype is torch.bfloat16
+
+
+# ---- what else torch does with a module ----------------------------------------------------------
+class Squared(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight**2
+
+
+def test_parametrized_weight(backend):
+    ours, theirs = PAIRS["BatchNorm2d"].both(backend, torch.float64)
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64, device=backend)
+    results = []
+    for norm in (ours, theirs):
+        parametrize.register_parametrization(norm, "weight", Squared())
+        y = norm(x)
+        y.pow(3).sum().backward()
+        results.append((y, norm.parametrizations.weight.original.grad))
+    for got, want in zip(*results, strict=True):
+        close(got, want)
+
+
+def test_parametrized_linear_weight(backend):
+    ours, theirs = PAIRS["LinearBatchNorm"].both(backend, torch.float64)
+    x = torch.randn(6, 4, dtype=torch.float64, device=backend)
+    results = []
+    for module in (ours, theirs):
+        parametrizations.weight_norm(module.linear)
+        y = module(x)
+        y.pow(3).sum().backward()
+        originals = module.linear.parametrizations.weight
+        results.append((y, originals.original0.grad, originals.original1.grad))
+    for got, want in zip(*results, strict=True):
+        close(got, want)
+
+
+def test_update_bn(backend):
+    """torch.optim.swa_utils resets and averages whatever is a BatchNorm."""
+    batches = [torch.randn(5, 4, dtype=torch.float64).to(backend) + i for i in range(3)]
+    ours, theirs = PAIRS["LinearBatchNorm"].both(backend, torch.float64)
+    torch.optim.swa_utils.update_bn(batches, ours)
+    torch.optim.swa_utils.update_bn(batches, theirs)
+    assert ours.norm.num_batches_tracked.item() == 3
+    assert_same_state(ours, theirs, exact=False)
+
+
+def test_functional_call(backend):
+    ours, theirs = PAIRS["BatchNorm2d"].both(backend, torch.float64)
+    x = torch.randn(4, 3, 5, 2, dtype=torch.float64, device=backend)
+    other = {k: v + 1 for k, v in theirs.state_dict().items()}
+    moved = {k: v.clone() for k, v in other.items()}
+    close(
+        torch.func.functional_call(ours, other, (x,)),
+        torch.func.functional_call(theirs, moved, (x,)),
+    )
+    close(other["running_mean"], moved["running_mean"])
+    assert_same_state(ours, theirs)
+
+
+def test_forward_hooks(backend):
+    """Hooks on a norm see its arguments and its output, in Sequential as anywhere."""
+    norm = fastnorm.BatchNorm1d(3, device=backend)
+    seen = []
+    norm.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs)))
+    norm.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
+    norm(torch.ones(2, 3, device=backend), torch.ones(2, 3, device=backend))
+    assert seen == [2, (2, 3)]
+
+
+def test_shared_norm_called_twice_before_its_backward(backend):
+    """As in a siamese network: both calls move the buffers, both backwards work."""
+    results = []
+    for norm in PAIRS["BatchNorm2d"].both(backend, torch.float64):
+        generator = torch.Generator().manual_seed(5)
+        x, other = (
+            torch.randn(4, 3, 5, 2, generator=generator, dtype=torch.float64).to(backend)
+            for _ in range(2)
+        )
+        x.requires_grad_()
+        first, second = norm(x), norm(x * other)
+        ((first - second) ** 2).sum().backward()
+        results.append((first, second, x.grad, norm.weight.grad, norm.bias.grad))
+    for got, want in zip(*results, strict=True):
+        close(got, want)
