@@ -109,7 +109,7 @@ def forward(
         partial = torch.empty(3, plan.programs, view.C, dtype=dtype, device=x.device)
         batch_norm_fwd_moments_kernel[plan.grid](x, partial, num_batches_tracked, *sizes, **tile)
         batch_norm_fwd_finalize_kernel[merge_grid](
-            partial, stats, *running, *moving, eps, *sizes, plan.block_n, plan.block_s,
+            partial, stats, *running, *moving, eps, *sizes, plan.across, plan.block_n, plan.block_s,
             **merge,
         )  # fmt: skip
         running = (None, None)

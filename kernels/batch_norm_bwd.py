@@ -27,7 +27,7 @@ def batch_norm_bwd_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     c, cmask = channels_of(pid, C, BLOCK_C)
     mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
     w = load_or(w_ptr, c, cmask, 1.0, ACC)
@@ -35,7 +35,7 @@ def batch_norm_bwd_kernel(
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr,
         None if TRAINING else dx_ptr, None if TRAINING else dz_ptr,
-        pid * 0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
         ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
     )  # fmt: skip
     store_cast(dw_ptr, c, dw, cmask)
@@ -44,7 +44,7 @@ def batch_norm_bwd_kernel(
         M = (N * S).to(ACC)
         input_gradient_of_tiles(
             dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
-            pid * 0, tiles, c, cmask, mean, rest, rstd, w, b, dw / M, db / M, N, C, S,
+            0, tiles, c, cmask, mean, rest, rstd, w, b, dw / M, db / M, N, C, S,
             ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
         )  # fmt: skip
 
@@ -61,7 +61,7 @@ def batch_norm_bwd_reduce_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     p = pid % P
     c, cmask = channels_of(pid // P, C, BLOCK_C)
     mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
@@ -75,8 +75,8 @@ def batch_norm_bwd_reduce_kernel(
         ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
     )  # fmt: skip
     if partial_ptr is not None:
-        tl.store(partial_ptr + p * C + c, dw, mask=cmask)
-        tl.store(partial_ptr + (P + p) * C + c, db, mask=cmask)
+        tl.store(partial_ptr + p.to(tl.int64) * C + c, dw, mask=cmask)
+        tl.store(partial_ptr + (P + p).to(tl.int64) * C + c, db, mask=cmask)
 
 
 # One program owns BLOCK_C channels of the sums.
@@ -88,12 +88,12 @@ def batch_norm_bwd_finalize_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     C = C.to(tl.int64)
-    c, cmask = channels_of(tl.program_id(0).to(tl.int64), C, BLOCK_C)
+    c, cmask = channels_of(tl.program_id(0), C, BLOCK_C)
     dw = tl.zeros((BLOCK_C,), ACC)
     db = tl.zeros((BLOCK_C,), ACC)
     for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P).to(tl.int64)
-        at = (p * C)[:, None] + c[None, :]
+        p = start + tl.arange(0, BLOCK_P)
+        at = (p.to(tl.int64) * C)[:, None] + c[None, :]
         mask = (p < P)[:, None] & cmask[None, :]
         dw += tl.sum(load_as(partial_ptr, at, mask, ACC), axis=0)
         db += tl.sum(load_as(partial_ptr, P * C + at, mask, ACC), axis=0)
@@ -114,7 +114,7 @@ def batch_norm_bwd_apply_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     p = pid % P
     c, cmask = channels_of(pid // P, C, BLOCK_C)
     mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)

@@ -14,6 +14,7 @@ from fastnorm.kernels.device.moments import (
     finite_or_zero,
     merge_partials,
     merge_two,
+    reciprocal,
     rstd_of,
     sqrt,
     two_sum,
@@ -68,10 +69,10 @@ def batch_norm_fwd_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     c, cmask = channels_of(pid, C, BLOCK_C)
     mean, rest, std = moments_of_tiles(
-        x_ptr, pid * 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+        x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
     )
     rstd = finalize(
         mean, rest, std, (N * S).to(ACC), eps, c, cmask, C,
@@ -80,7 +81,7 @@ def batch_norm_fwd_kernel(
     w = load_or(w_ptr, c, cmask, 1.0, ACC)
     b = load_or(b_ptr, c, cmask, 0.0, ACC)
     normalize_tiles(
-        x_ptr, residual_ptr, y_ptr, pid * 0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        x_ptr, residual_ptr, y_ptr, 0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
         ACT, BLOCK_N, BLOCK_S, COLUMNS,
     )  # fmt: skip
     count_batch(count_ptr, pid)
@@ -96,7 +97,7 @@ def batch_norm_fwd_moments_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     p = pid % P
     c, cmask = channels_of(pid // P, C, BLOCK_C)
     first = p * tiles_per_program
@@ -104,7 +105,7 @@ def batch_norm_fwd_moments_kernel(
     mean, rest, std = moments_of_tiles(
         x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
     )
-    at = p * C + c
+    at = p.to(tl.int64) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
     tl.store(partial_ptr + P * C + at, rest, mask=cmask)
     tl.store(partial_ptr + 2 * P * C + at, std, mask=cmask)
@@ -117,23 +118,23 @@ def batch_norm_fwd_finalize_kernel(
     partial_ptr, stats_ptr,                 # (3, P, C), (3, C)
     running_mean_ptr, running_var_ptr, momentum_ptr,  # (C,), (C,), ()
     momentum: tl.float64, eps: tl.float64,
-    N, C, S, P, tiles, tiles_per_program, block_n, block_s,  # how the partials were tiled
+    N, C, S, P, tiles, tiles_per_program, across, block_n, block_s,  # how the partials were tiled
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, 1, False)
-    c, cmask = channels_of(tl.program_id(0).to(tl.int64), C, BLOCK_C)
+    c, cmask = channels_of(tl.program_id(0), C, BLOCK_C)
     base = finite_or_zero(tl.load(partial_ptr + c, mask=cmask, other=0.0))
     count = tl.zeros((BLOCK_C,), ACC)
     mean = tl.zeros((BLOCK_C,), ACC)  # relative to base
     std = tl.zeros((BLOCK_C,), ACC)
     for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P).to(tl.int64)
+        p = start + tl.arange(0, BLOCK_P)
         first = tl.minimum(p * tiles_per_program, tiles)
         last = tl.minimum(first + tiles_per_program, tiles)
-        held = elements_before(last, N, S, block_n, block_s)
-        held -= elements_before(first, N, S, block_n, block_s)
-        at = (p * C)[:, None] + c[None, :]
+        held = elements_before(last, N, S, across, block_n, block_s)
+        held -= elements_before(first, N, S, across, block_n, block_s)
+        at = (p.to(tl.int64) * C)[:, None] + c[None, :]
         mask = (p < P)[:, None] & cmask[None, :]
         mean_p = load_as(partial_ptr, at, mask, ACC) - base[None, :]
         mean_p = tl.where(mask, mean_p + load_as(partial_ptr, P * C + at, mask, ACC), 0.0)
@@ -161,7 +162,7 @@ def batch_norm_fwd_apply_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0).to(tl.int64)
+    pid = tl.program_id(0)
     p = pid % P
     c, cmask = channels_of(pid // P, C, BLOCK_C)
     if running_mean_ptr is None:
@@ -170,7 +171,7 @@ def batch_norm_fwd_apply_kernel(
         mean = load_as(running_mean_ptr, c, cmask, ACC)
         rest = tl.zeros((BLOCK_C,), ACC)
         var = tl.load(running_var_ptr + c, mask=cmask, other=1.0).to(ACC)
-        rstd = 1.0 / sqrt(var + tl.full((), eps, ACC))
+        rstd = reciprocal(sqrt(var + tl.full((), eps, ACC)))
         if p == 0:
             tl.store(stats_ptr + c, mean, mask=cmask)
             tl.store(stats_ptr + C + c, rest, mask=cmask)

@@ -8,6 +8,7 @@ from typing import Protocol
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
 
 
 class Progress(Protocol):
@@ -22,9 +23,16 @@ def progress(title: str, total: int, console: Console) -> Iterator[Progress]:
     if not console.is_interactive:
         yield _Lines(title, total, console)
         return
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    note = TextColumn("{task.fields[note]}")
-    with Bar(*columns, TimeRemainingColumn(), note, console=console) as bar:
+    with Bar(
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        # In a narrow terminal it is the note that is cut.
+        TextColumn("{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True)),
+        console=console,
+        expand=True,
+    ) as bar:
         yield _Terminal(bar, title, total)
 
 

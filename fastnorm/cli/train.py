@@ -33,7 +33,7 @@ def parser() -> Parser:
         "Trains one network twice on the same batches, once with torch.nn's layers and once with "
         "fastnorm's, from the same weights, and compares the two.",
     )
-    options.option("--model", Choice(tuple(MODELS)), default="resnet", help="the network")
+    options.option("--model", Choice(tuple(MODELS)), default="mlp", help="the network")
     options.option("--data", Choice(tuple(DATASETS)), default="digits", help="the images")
     options.option(
         "--epochs", Whole(1), otherwise=_of_models("epochs"), help="passes over the data"

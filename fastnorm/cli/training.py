@@ -137,13 +137,13 @@ def train(plan: Plan, runs: Sequence[Run], progress: Progress) -> None:
     """Trains all `runs`, step by step in turns; who goes first changes with every step."""
     generator = torch.Generator().manual_seed(plan.seed)
     turns = list(runs)
-    for epoch in range(plan.epochs):
+    for _ in range(plan.epochs):
         for images, labels in batches(plan, generator):
             for run in turns:
                 run.step(images, labels)
             turns.reverse()
             losses = ", ".join(f"{run.name} {run.losses[-1]:.4f}" for run in runs)
-            progress.advance(f"epoch {epoch + 1}/{plan.epochs}, loss {losses}")
+            progress.advance(f"loss {losses}")
         for run in runs:
             run.finish_epoch()
     for run in runs:

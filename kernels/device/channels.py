@@ -38,7 +38,7 @@ def wide_sizes(N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def channels_of(block, C, BLOCK_C: tl.constexpr):
-    c = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    c = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     return c, c < C
 
 

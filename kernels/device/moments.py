@@ -29,10 +29,25 @@ def finite_or_zero(x):
 
 @triton.jit
 def sqrt(x):
-    """Correctly rounded square root."""
+    """Square root to about half an ulp: a GPU's approximation, corrected by its exact residual.
+
+    The correctly rounded instruction is a subroutine there, and its call costs a stack.
+    """
+    root = tl.sqrt(x)
     if x.dtype == tl.float64:
-        return tl.sqrt(x)
-    return tl.sqrt_rn(x)
+        return root
+    corrected = root + tl.fma(-root, root, x) / (2.0 * root)
+    return tl.where((root > 0.0) & is_finite(root), corrected, root)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x for a normal x, corrected likewise: a plain division may be off by two ulps."""
+    guess = 1.0 / x
+    if x.dtype == tl.float64:
+        return guess
+    corrected = tl.fma(guess, tl.fma(-x, guess, 1.0), guess)
+    return tl.where((tl.abs(guess) > 0.0) & is_finite(guess), corrected, guess)
 
 
 @triton.jit
@@ -112,4 +127,4 @@ def rstd_of(std, eps):
     scale = scale_of(std)
     unit = 1.0 / scale
     scaled = std * unit
-    return unit / sqrt(scaled * scaled + eps * unit * unit)
+    return unit * reciprocal(sqrt(scaled * scaled + eps * unit * unit))

@@ -11,10 +11,11 @@ import triton.language as tl
 
 @triton.jit
 def lanes_of_tile(tile, N, S, lane, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(n, s, inside) of some lanes of tile number `tile` (int64)."""
-    across = tl.cdiv(S, BLOCK_S)
-    n = (tile // across) * BLOCK_N + lane // BLOCK_S
-    s = (tile % across) * BLOCK_S + lane % BLOCK_S
+    """(n, s, inside) of some lanes of tile number `tile`, as int64."""
+    # tiles are counted in int32: a 64-bit division is a function call on a GPU
+    across = tl.cdiv(S, BLOCK_S).to(tl.int32)
+    n = (tile // across).to(tl.int64) * BLOCK_N + lane // BLOCK_S
+    s = (tile % across).to(tl.int64) * BLOCK_S + lane % BLOCK_S
     if BLOCK_N == 1:
         return n, s, s < S
     return n, s, (n < N) & (s < S)
@@ -45,11 +46,11 @@ def tile_offsets(n, s, c, C, S, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def elements_before(tile, N, S, block_n, block_s):
-    """How many elements of one channel the tiles 0 … tile-1 hold."""
-    across = tl.cdiv(S, block_s)
-    n = tl.minimum((tile // across) * block_n, N)
-    return n * S + tl.minimum((tile % across) * block_s, S) * tl.minimum(N - n, block_n)
+def elements_before(tile, N, S, across, block_n, block_s):
+    """How many elements of one channel the tiles 0 … tile-1 hold; `across` tiles cover S."""
+    n = tl.minimum((tile // across).to(tl.int64) * block_n, N)
+    s = tl.minimum((tile % across).to(tl.int64) * block_s, S)
+    return n * S + s * tl.minimum(N - n, block_n)
 
 
 @triton.jit
