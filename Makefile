@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/gpu
 WORKERS ?= 2
 
-.PHONY: train test test-all check gpu traffic codegen clean
+.PHONY: train test test-all check bench gpu traffic codegen clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -27,6 +27,9 @@ check: $(VENV)/.installed  ## style, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+bench: $(VENV)/.installed  ## time per call against torch.nn and torch.compile, on this machine
+	$(BIN)/pytest bench --benchmark-disable-gc
 
 traffic: $(VENV)/.installed  ## bytes moved by every operation, over the minimum
 	$(BIN)/python bench/traffic.py --out bench/results/traffic.md

@@ -107,11 +107,13 @@ def forward(
         return y, stats
     if training:
         partial = torch.empty(3, plan.programs, view.C, dtype=dtype, device=x.device)
-        batch_norm_fwd_moments_kernel[plan.grid](x, partial, num_batches_tracked, *sizes, **tile)
+        count = torch.empty(plan.programs, dtype=dtype, device=x.device)
+        batch_norm_fwd_moments_kernel[plan.grid](
+            x, partial, count, num_batches_tracked, *sizes, **tile
+        )
         batch_norm_fwd_finalize_kernel[merge_grid](
-            partial, stats, *running, *moving, eps, *sizes, plan.across, plan.block_n, plan.block_s,
-            **merge,
-        )  # fmt: skip
+            partial, count, stats, *running, *moving, eps, view.C, plan.programs, **merge
+        )
         running = (None, None)
     batch_norm_fwd_apply_kernel[plan.grid](*operands, *running, eps, *sizes, ACT=act, **tile)
     return y, stats

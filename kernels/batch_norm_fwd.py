@@ -19,7 +19,7 @@ from fastnorm.kernels.device.moments import (
     sqrt,
     two_sum,
 )
-from fastnorm.kernels.device.tiles import elements_before, load_as, load_or, store_cast
+from fastnorm.kernels.device.tiles import load_as, load_or, store_cast
 from fastnorm.kernels.launch import SIZES
 
 
@@ -50,10 +50,10 @@ def finalize(
 
 
 @triton.jit
-def count_batch(count_ptr, pid):
-    if count_ptr is not None:
+def count_batch(batches_ptr, pid):
+    if batches_ptr is not None:
         if pid == 0:
-            tl.store(count_ptr, tl.load(count_ptr) + 1)
+            tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
 # One program owns BLOCK_C channels.
@@ -61,7 +61,7 @@ def count_batch(count_ptr, pid):
 def batch_norm_fwd_kernel(
     x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
     y_ptr, stats_ptr,                       # (N, C, S), (3, C): mean, rest, rstd
-    running_mean_ptr, running_var_ptr, count_ptr, momentum_ptr,  # (C,), (C,), (), ()
+    running_mean_ptr, running_var_ptr, batches_ptr, momentum_ptr,  # (C,), (C,), (), ()
     momentum: tl.float64, eps: tl.float64,
     N, C, S, tiles,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -71,11 +71,11 @@ def batch_norm_fwd_kernel(
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     pid = tl.program_id(0)
     c, cmask = channels_of(pid, C, BLOCK_C)
-    mean, rest, std = moments_of_tiles(
+    count, mean, rest, std = moments_of_tiles(
         x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
     )
     rstd = finalize(
-        mean, rest, std, (N * S).to(ACC), eps, c, cmask, C,
+        mean, rest, std, count, eps, c, cmask, C,
         stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
     )  # fmt: skip
     w = load_or(w_ptr, c, cmask, 1.0, ACC)
@@ -84,13 +84,13 @@ def batch_norm_fwd_kernel(
         x_ptr, residual_ptr, y_ptr, 0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
         ACT, BLOCK_N, BLOCK_S, COLUMNS,
     )  # fmt: skip
-    count_batch(count_ptr, pid)
+    count_batch(batches_ptr, pid)
 
 
 # One program owns some consecutive tiles of BLOCK_C channels, and leaves their partial statistics.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_fwd_moments_kernel(
-    x_ptr, partial_ptr, count_ptr,          # (N, C, S), (3, P, C): mean, rest, std, ()
+    x_ptr, partial_ptr, count_ptr, batches_ptr,  # (N, C, S), (3, P, C): mean, rest, std; (P,), ()
     N, C, S, P, tiles, tiles_per_program,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
@@ -102,48 +102,47 @@ def batch_norm_fwd_moments_kernel(
     c, cmask = channels_of(pid // P, C, BLOCK_C)
     first = p * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tiles)
-    mean, rest, std = moments_of_tiles(
+    count, mean, rest, std = moments_of_tiles(
         x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
     )
     at = p.to(tl.int64) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
     tl.store(partial_ptr + P * C + at, rest, mask=cmask)
     tl.store(partial_ptr + 2 * P * C + at, std, mask=cmask)
-    count_batch(count_ptr, pid)
+    if pid == p:  # the first block of channels speaks for all
+        tl.store(count_ptr + p, tl.sum(count, axis=0))
+    count_batch(batches_ptr, pid)
 
 
 # One program owns BLOCK_C channels of the statistics.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_fwd_finalize_kernel(
-    partial_ptr, stats_ptr,                 # (3, P, C), (3, C)
+    partial_ptr, count_ptr, stats_ptr,      # (3, P, C), (P,), (3, C)
     running_mean_ptr, running_var_ptr, momentum_ptr,  # (C,), (C,), ()
     momentum: tl.float64, eps: tl.float64,
-    N, C, S, P, tiles, tiles_per_program, across, block_n, block_s,  # how the partials were tiled
+    C, P,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    N, C, S = wide_sizes(N, C, S, 1, False)
+    C = C.to(tl.int64)
     c, cmask = channels_of(tl.program_id(0), C, BLOCK_C)
     base = finite_or_zero(tl.load(partial_ptr + c, mask=cmask, other=0.0))
-    count = tl.zeros((BLOCK_C,), ACC)
+    count = tl.zeros((1,), ACC)
     mean = tl.zeros((BLOCK_C,), ACC)  # relative to base
     std = tl.zeros((BLOCK_C,), ACC)
     for start in range(0, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
-        first = tl.minimum(p * tiles_per_program, tiles)
-        last = tl.minimum(first + tiles_per_program, tiles)
-        held = elements_before(last, N, S, across, block_n, block_s)
-        held -= elements_before(first, N, S, across, block_n, block_s)
         at = (p.to(tl.int64) * C)[:, None] + c[None, :]
         mask = (p < P)[:, None] & cmask[None, :]
+        count_p = load_as(count_ptr, p, p < P, ACC)
         mean_p = load_as(partial_ptr, at, mask, ACC) - base[None, :]
         mean_p = tl.where(mask, mean_p + load_as(partial_ptr, P * C + at, mask, ACC), 0.0)
         std_p = load_as(partial_ptr, 2 * P * C + at, mask, ACC)
-        count_b, mean_b, std_b = merge_partials(held.to(ACC)[:, None], mean_p, std_p)
+        count_b, mean_b, std_b = merge_partials(count_p[:, None], mean_p, std_p)
         count, mean, std = merge_two(count, mean, std, count_b, mean_b, std_b)
     mean, rest = two_sum(base, mean)
     finalize(
-        mean, rest, std, (N * S).to(ACC), eps, c, cmask, C,
+        mean, rest, std, count, eps, c, cmask, C,
         stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
     )  # fmt: skip
 

@@ -20,7 +20,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
 
 # Kernel arguments that change from batch to batch: Triton must not compile again where one of them
 # is 1 or a multiple of 16.
-SIZES = ("N", "C", "S", "P", "tiles", "tiles_per_program", "across", "block_n", "block_s")
+SIZES = ("N", "C", "S", "P", "tiles", "tiles_per_program")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,6 @@ class ChannelPlan:
     fold: int  # lanes that one thread sums in its registers
     align: int  # elements: S (rows) or C (columns) is a multiple of it
     num_warps: int
-    across: int  # tiles that cover S
     tiles: int  # of one index set
     programs: int  # that share one index set
     tiles_per_program: int
@@ -129,8 +128,7 @@ def channel_plan(
             and cdiv(C, 2 * block_c) >= 2 * device.multiprocessors
         ):
             block_c *= 2
-    across = cdiv(S, block_s)
-    tiles = cdiv(N, block_n) * across
+    tiles = cdiv(N, block_n) * cdiv(S, block_s)
     channel_blocks = cdiv(C, block_c)
     wanted = (
         1 if whole else cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, channel_blocks)
@@ -143,7 +141,6 @@ def channel_plan(
         fold=min(lanes, 4 if columns or itemsize > 2 else 8),
         align=divisor_class(C if columns else S),
         num_warps=num_warps,
-        across=across,
         tiles=tiles,
         programs=cdiv(tiles, tiles_per_program),
         tiles_per_program=tiles_per_program,

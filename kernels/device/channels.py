@@ -57,7 +57,7 @@ def moments_of_tiles(
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """(mean, rest, std) of each channel over the tiles first … last-1.
+    """(count, mean, rest, std) of each channel over the tiles first … last-1; count is (1,).
 
     Elements are taken relative to the first one (if it is finite), so that a large mean costs no
     digits, and in a unit in which the squares of the first tile do not overflow.
@@ -84,9 +84,9 @@ def moments_of_tiles(
         mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
 
-    _, mean, std = merge_lanes(count, mean, m2)
+    count, mean, std = merge_lanes(count, mean, m2)
     mean, rest = two_sum(pivot, mean * scale)
-    return mean, rest, std * scale
+    return count, mean, rest, std * scale
 
 
 @triton.jit

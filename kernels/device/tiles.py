@@ -46,14 +46,6 @@ def tile_offsets(n, s, c, C, S, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def elements_before(tile, N, S, across, block_n, block_s):
-    """How many elements of one channel the tiles 0 … tile-1 hold; `across` tiles cover S."""
-    n = tl.minimum((tile // across).to(tl.int64) * block_n, N)
-    s = tl.minimum((tile % across).to(tl.int64) * block_s, S)
-    return n * S + s * tl.minimum(N - n, block_n)
-
-
-@triton.jit
 def fold(t, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum a (lanes, channels) tile to (lanes / FOLD, channels), within each thread's registers.
 
