@@ -23,8 +23,16 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_default = _checked(os.environ.get("FASTNORM_BACKEND", "auto"), "FASTNORM_BACKEND")
-_forced = threading.local()  # .name: what the innermost use_backend() of this thread asked for
+class _Asked(threading.local):
+    """.name: what this thread's innermost use_backend() asked for; before any, the environment."""
+
+    name = _checked(os.environ.get("FASTNORM_BACKEND", "auto"), "FASTNORM_BACKEND")
+
+    def __init__(self) -> None:  # once in each thread
+        self.outer: list[str] = []
+
+
+_asked = _Asked()
 
 
 class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
@@ -46,11 +54,10 @@ class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
 
     def __init__(self, name: str) -> None:
         self.name = _checked(name, "backend")
-        self._outer: list[str | None] = []
 
     def __enter__(self) -> None:
-        self._outer.append(getattr(_forced, "name", None))
-        _forced.name = self.name
+        _asked.outer.append(_asked.name)
+        _asked.name = self.name
 
     def __exit__(
         self,
@@ -58,7 +65,7 @@ class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _forced.name = self._outer.pop()
+        _asked.name = _asked.outer.pop()
 
 
 def backend_for(tensor: Tensor) -> str:
@@ -71,7 +78,7 @@ def backend_for(tensor: Tensor) -> str:
     Raises:
         RuntimeError: Triton was asked for by name and cannot run on the tensor's device.
     """
-    name = getattr(_forced, "name", None) or _default
+    name = _asked.name
     if name == "eager" or (name == "auto" and not tensor.is_cuda):
         return "eager"
     if tensor.dtype not in TRITON_DTYPES or tensor.numel() == 0 or _transformed():
@@ -84,6 +91,8 @@ def backend_for(tensor: Tensor) -> str:
 
 def implementation(tensor: Tensor) -> ModuleType:
     """`fastnorm.ops` or `fastnorm.eager`: two modules with the same functions."""
+    if _asked.name == "auto" and not tensor.is_cuda:  # a CPU's calls are short
+        return eager
     return _ops() if backend_for(tensor) == "triton" else eager
 
 
@@ -106,7 +115,7 @@ def _ops() -> ModuleType:
 def _require_triton(tensor: Tensor) -> None:
     if not _has_triton():
         raise RuntimeError("the triton backend was asked for, but triton is not installed")
-    if not tensor.is_cuda and not _interpreting():
+    if not tensor.is_cuda and not (tensor.is_cpu and _interpreting()):
         raise RuntimeError(
             f"the triton backend was asked for a tensor on {tensor.device}: it needs a CUDA or HIP "
             "tensor, or Triton's interpreter (set TRITON_INTERPRET=1 before triton is imported)"
@@ -115,11 +124,12 @@ def _require_triton(tensor: Tensor) -> None:
 
 @functools.cache
 def _interpreting() -> bool:
-    """Whether Triton was imported as an interpreter: asked of a kernel, not of the environment."""
+    """Whether Triton, and what it decorates from now on, are interpreted: asked of functions."""
     import triton
+    import triton.language as tl
 
     @triton.jit  # type: ignore[untyped-decorator]
     def probe() -> None:
         pass
 
-    return type(probe).__name__ == "InterpretedFunction"
+    return type(probe).__name__ == type(tl.cdiv).__name__ == "InterpretedFunction"

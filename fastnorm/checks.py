@@ -1,14 +1,17 @@
 """Argument checks: torch's exception types, and messages with the values and the rule.
 
 They run before anything is allocated or changed, so a call that raises leaves its buffers as they
-were.
+were. They also run on every call: each asks as little as it can of a good one.
 """
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastnorm.eager.activations import ACTIVATIONS
+
+FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
 
 def activation(name: str) -> None:
@@ -16,16 +19,55 @@ def activation(name: str) -> None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but got {name!r}")
 
 
-def residual(residual: Tensor, shape: Sequence[int]) -> None:
+def momentum(value: float | Tensor | None, num_batches_tracked: Tensor | None) -> None:
+    if value is None and num_batches_tracked is not None:
+        return
+    if not isinstance(value, float | int | Tensor):
+        raise TypeError(
+            "momentum must be a number or a 0-dimensional tensor, or None where "
+            f"num_batches_tracked counts the batches, but got {type(value).__name__}"
+        )
+
+
+def residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:
     if residual.shape != shape:
         raise RuntimeError(
             f"residual must have the shape of the normalized tensor, {list(shape)}, "
             f"but got {list(residual.shape)}"
         )
+    if residual.dtype not in FLOATS or residual.device != input.device:
+        _refuse("residual", residual, input)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    if input.ndim < 2 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            "a linear layer with batch statistics needs an input (*, in_features) and a weight "
+            f"(out_features, in_features), but got {list(input.shape)} and {list(weight.shape)}"
+        )
+    product(input, weight, bias)
+
+
+def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """What a linear layer and a convolution ask of their operands."""
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(
+            f"not implemented for '{_scalar_type(input)}': the input must be floating-point"
+        )
+    if weight.dtype not in FLOATS or weight.device != input.device:
+        _refuse("weight", weight, input)
+    if bias is not None:
+        if bias.shape != weight.shape[:1]:
+            raise RuntimeError(
+                f"bias should have the shape {list(weight.shape[:1])}, but got {list(bias.shape)}"
+            )
+        if bias.dtype not in FLOATS or bias.device != input.device:
+            _refuse("bias", bias, input)
 
 
 def batch_statistics(
     shape: Sequence[int],
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
@@ -33,12 +75,14 @@ def batch_statistics(
     training: bool,
     eps: float,
 ) -> None:
-    """What batch norm asks of an input of `shape`, its buffers and its parameters."""
-    channels = shape[1] if len(shape) > 1 else 0
+    """What batch norm of a tensor of `shape`, like `input` otherwise, asks of its arguments."""
+    axes = len(shape)
+    channels = shape[1] if axes > 1 else 0
     if training:
-        if len(shape) > 1 and _per_channel(shape) == 1:
+        if axes and _per_channel(shape) == 1:
             raise ValueError(
-                f"Expected more than 1 value per channel when training, got input size {shape}"
+                "Expected more than 1 value per channel when training, "
+                f"got input size torch.Size({list(shape)})"
             )
         if (running_mean is None) != (running_var is None):
             raise ValueError(
@@ -52,17 +96,23 @@ def batch_statistics(
             raise RuntimeError(f"{missing} must be defined in evaluation mode")
         if eps < 0.0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
-    for name, tensor in (
-        ("running_mean", running_mean),
-        ("running_var", running_var),
-        ("weight", weight),
-        ("bias", bias),
-    ):
-        if tensor is not None and tensor.numel() != channels:
-            raise RuntimeError(
-                f"{name} should contain {channels} elements not {tensor.numel()}: "
-                f"one for each channel of an input of shape {list(shape)}"
-            )
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(f"\"batch_norm\" not implemented for '{_scalar_type(input)}'")
+    device = input.device
+    small = (running_mean, running_var, weight, bias)
+    for position, tensor in enumerate(small):
+        if tensor is not None and (
+            tensor.numel() != channels or tensor.dtype not in FLOATS or tensor.device != device
+        ):
+            name = ("running_mean", "running_var", "weight", "bias")[position]
+            if tensor.numel() != channels:
+                raise RuntimeError(
+                    f"{name} should contain {channels} elements not {tensor.numel()}: "
+                    f"one for each channel of an input of shape {list(shape)}"
+                )
+            _refuse(name, tensor, input)
+    if axes < 2:
+        raise IndexError(f"batch_norm needs an input (N, C) or (N, C, *), but got {list(shape)}")
 
 
 def _per_channel(shape: Sequence[int]) -> int:
@@ -70,3 +120,17 @@ def _per_channel(shape: Sequence[int]) -> int:
     for size in shape[2:]:
         count *= size
     return count
+
+
+def _refuse(name: str, tensor: Tensor, input: Tensor) -> None:
+    if tensor.device != input.device:
+        raise RuntimeError(
+            "Expected all tensors to be on the same device, but found at least two devices, "
+            f"{input.device} and {tensor.device} (of {name})!"
+        )
+    raise RuntimeError(f"{name} must be of a floating-point type, but got {_scalar_type(tensor)}")
+
+
+def _scalar_type(tensor: Tensor) -> str:
+    """torch's own name of a dtype, such as Long or ComplexFloat."""
+    return torch.empty(0, dtype=tensor.dtype).type().split(".")[-1].removesuffix("Tensor")

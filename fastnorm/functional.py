@@ -1,6 +1,5 @@
 """Stateless operations, one function each: check the arguments, pick a backend, call it."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -34,7 +33,7 @@ def batch_norm(
 
     Args:
         input: (N, C) or (N, C, *), any floating dtype. Its memory format is kept.
-        running_mean, running_var: (C,) buffers, changed in place in training, where both may be None.
+        running_mean, running_var: (C,) buffers, moved in place in training, where both may be None.
         weight, bias: γ and β, (C,), of any floating dtype.
         momentum: share of the batch in the buffers. A 0-dimensional tensor stays on its device.
             None is the cumulative average 1/n with n from `num_batches_tracked`.
@@ -57,13 +56,13 @@ def batch_norm(
             [1., 1.]])
     """
     shape = input.shape
-    checks.batch_statistics(shape, running_mean, running_var, weight, bias, training, eps)
+    checks.batch_statistics(shape, input, running_mean, running_var, weight, bias, training, eps)
     if residual is not None:
-        checks.residual(residual, shape)
+        checks.residual(residual, shape, input)
     if activation != "identity":
         checks.activation(activation)
-    if momentum is None and num_batches_tracked is None:
-        raise TypeError("momentum must be a number unless num_batches_tracked counts the batches")
+    if type(momentum) is not float:
+        checks.momentum(momentum, num_batches_tracked)
     y: Tensor = implementation(input).batch_norm(
         input, running_mean, running_var, weight, bias,
         training, momentum, eps, residual, activation, num_batches_tracked,
@@ -108,24 +107,18 @@ def linear_batch_norm(
     tensor([[0., 1.],
             [1., 0.]])
     """
-    if input.ndim < 2 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
-        raise RuntimeError(
-            f"linear_batch_norm needs an input (*, in_features) and a weight (out_features, "
-            f"in_features), but got {list(input.shape)} and {list(weight.shape)}"
-        )
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise RuntimeError(
-            f"bias should have the shape {list(weight.shape[:1])}, but got {list(bias.shape)}"
-        )
-    rows = torch.Size((input.shape[:-1].numel(), weight.shape[0]))
-    checks.batch_statistics(rows, running_mean, running_var, norm_weight, norm_bias, training, eps)
+    checks.linear(input, weight, bias)
+    rows = (input.shape[:-1].numel(), weight.shape[0])
+    checks.batch_statistics(
+        rows, input, running_mean, running_var, norm_weight, norm_bias, training, eps
+    )
     checks.activation(activation)
     if algorithm not in LINEAR_ALGORITHMS:
         raise ValueError(
             f"algorithm must be one of {', '.join(LINEAR_ALGORITHMS)}, but got {algorithm!r}"
         )
-    if momentum is None and num_batches_tracked is None:
-        raise TypeError("momentum must be a number unless num_batches_tracked counts the batches")
+    if type(momentum) is not float:
+        checks.momentum(momentum, num_batches_tracked)
     y: Tensor = implementation(input).linear_batch_norm(
         input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
         training, momentum, eps, activation, algorithm, num_batches_tracked,
@@ -179,6 +172,7 @@ def conv_batch_norm(
             "in_channels / groups, *kernel_size) of the same rank, 3 to 5, "
             f"but got {list(input.shape)} and {list(weight.shape)}"
         )
+    checks.product(input, weight, bias)
     checks.activation(activation)
     convolution = _CONVOLUTIONS[weight.ndim]
     z = convolution(

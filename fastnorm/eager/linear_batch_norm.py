@@ -6,6 +6,16 @@ from torch import Tensor
 from fastnorm.eager.batch_norm import batch_norm
 
 
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """torch's product, also where the parameters have another dtype than the input."""
+    dtype = input.dtype
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    return F.linear(input, weight, bias)
+
+
 def linear_batch_norm(
     input: Tensor,
     weight: Tensor,
@@ -22,9 +32,9 @@ def linear_batch_norm(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """Statistics over all leading axes of `input`; `algorithm` can only be "unfused" here."""
-    z = F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    z = linear(input, weight, bias)
     y = batch_norm(
-        z.flatten(0, -2), running_mean, running_var, norm_weight, norm_bias,
+        z if z.ndim == 2 else z.flatten(0, -2), running_mean, running_var, norm_weight, norm_bias,
         training, momentum, eps, None, activation, num_batches_tracked,
     )  # fmt: skip
-    return y.view(z.shape)
+    return y if z.ndim == 2 else y.view(z.shape)

@@ -35,13 +35,13 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     ) -> tuple[Tensor | None, Tensor | None, bool, float | None, Tensor | None]:
         """(running_mean, running_var, training, momentum, num_batches_tracked) of this call."""
         mean, var, momentum = self.running_mean, self.running_var, self.momentum
-        count = self.num_batches_tracked if self.training and self.track_running_stats else None
-        if momentum is None and count is None:
-            momentum = 0.0  # nothing counts the batches, so nothing moves: torch's rule
         if not self.training:
-            return mean, var, mean is None and var is None, momentum, None
+            return mean, var, mean is None and var is None, momentum or 0.0, None
+        count = self.num_batches_tracked if self.track_running_stats else None
+        if count is None and momentum is None:
+            momentum = 0.0  # nothing counts the batches, so nothing moves: torch's rule
         if not self.track_running_stats:
-            return None, None, True, momentum, None
+            mean = var = None
         return mean, var, True, momentum, count
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

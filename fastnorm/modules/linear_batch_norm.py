@@ -47,6 +47,10 @@ class LinearBatchNorm(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         linear, norm = self.linear, self.norm
+        if input.ndim < 2:
+            raise ValueError(
+                f"expected input (*, in_features) with at least 2 axes, got {input.ndim}"
+            )
         mean, var, training, momentum, count = norm.statistics()
         return functional.linear_batch_norm(
             input, linear.weight, linear.bias, mean, var, norm.weight, norm.bias,

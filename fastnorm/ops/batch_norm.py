@@ -8,7 +8,7 @@ from torch import Tensor
 from fastnorm import eager
 from fastnorm.eager.activations import GRAD_FROM_OUTPUT
 from fastnorm.kernels import batch_norm as kernels
-from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of, same_device
+from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -106,7 +106,6 @@ def batch_norm(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """`functional.batch_norm` on Triton kernels; arguments are already checked."""
-    same_device(input, residual, weight, bias, running_mean, running_var)
     if any(b is not None and not b.is_contiguous() for b in (running_mean, running_var)):
         return eager.batch_norm(
             input, running_mean, running_var, weight, bias,

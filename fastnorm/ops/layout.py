@@ -29,16 +29,6 @@ def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
-def same_device(x: Tensor, *others: Tensor | None) -> None:
-    """Raise torch's error before a kernel would read another device's memory."""
-    for other in others:
-        if other is not None and other.device != x.device:
-            raise RuntimeError(
-                "Expected all tensors to be on the same device, but found at least two devices, "
-                f"{x.device} and {other.device}!"
-            )
-
-
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Launches go to the current device: make it the tensor's."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()

@@ -1,8 +1,8 @@
 """Linear → batch norm → activation: torch's product, then our kernels."""
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from fastnorm.eager.linear_batch_norm import linear
 from fastnorm.ops.batch_norm import batch_norm
 
 
@@ -22,9 +22,9 @@ def linear_batch_norm(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """Statistics over all leading axes of `input`; `algorithm` can only be "unfused" here."""
-    z = F.linear(input, weight.to(input.dtype), None if bias is None else bias.to(input.dtype))
+    z = linear(input, weight, bias)
     y = batch_norm(
-        z.flatten(0, -2), running_mean, running_var, norm_weight, norm_bias,
+        z if z.ndim == 2 else z.flatten(0, -2), running_mean, running_var, norm_weight, norm_bias,
         training, momentum, eps, None, activation, num_batches_tracked,
     )  # fmt: skip
-    return y.view(z.shape)
+    return y if z.ndim == 2 else y.view(z.shape)
