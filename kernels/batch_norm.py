@@ -137,19 +137,19 @@ def backward(
     training: bool,
     activation: str,
     view: ChannelView,
-    wanted: tuple[bool, torch.dtype | None, bool, bool],
+    wanted: tuple[bool, torch.dtype | None, bool, torch.dtype | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return (dx, dz, dweight, dbias), None where not `wanted`; dy, y and residual laid out as x.
 
     y or residual is given as `saved_for_gate` says; only then is there a dz other than dy, the
-    residual's gradient, `wanted` in the given dtype.
+    residual's gradient. bias is given where act′ needs z. dz and dbias are `wanted` in a dtype.
     """
     plan, sizes, tile, merge_grid, merge, dtype = _launch(x, view)
     _, gate = ACTIVATIONS[activation]
-    wants_dx, dz_dtype, wants_dw, wants_db = wanted
+    wants_dx, dz_dtype, wants_dw, db_dtype = wanted
     dx = torch.empty_like(x) if wants_dx else None
     dw = torch.empty_like(weight) if weight is not None and wants_dw else None
-    db = torch.empty_like(bias) if bias is not None and wants_db else None
+    db = None if db_dtype is None else torch.empty(view.C, dtype=db_dtype, device=x.device)
     through_statistics = training and wants_dx
     sums = dw is not None or db is not None or through_statistics
     dz = None

@@ -312,6 +312,19 @@ def test_gradcheck(backend):
             assert torch.autograd.gradgradcheck(call, leaves)
 
 
+def test_second_derivatives_of_strided_inputs(backend):
+    """A copy that the kernels needed must not cut the graph."""
+    x = torch.randn(3, 4, 5, dtype=torch.float64, device=backend).requires_grad_()
+    residual = torch.randn(3, 8, 5, dtype=torch.float64, device=backend).requires_grad_()
+
+    def call(x, residual):
+        return FF.batch_norm(
+            x[:, ::2], None, None, training=True, residual=residual[:, ::4], activation="silu"
+        )
+
+    assert torch.autograd.gradgradcheck(call, (x, residual))
+
+
 def test_same_bits_every_time(backend):
     case = problem((300, 3, 9, 9), backend, torch.bfloat16, residual=True, activation="relu")
     first, second = case.run(), case.run()

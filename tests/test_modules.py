@@ -52,10 +52,6 @@ class Pair:
         return x.to(device, dtype)
 
 
-def sequential(product: nn.Module, norm: nn.Module) -> nn.Module:
-    return nn.Sequential(OrderedDict(linear=product, norm=norm, act=nn.ReLU()))
-
-
 def _linear(bias: bool = False, **options: Any) -> nn.Module:
     layers = {"linear": nn.Linear(4, 3, bias), "norm": nn.BatchNorm1d(3, **options)}
     return nn.Sequential(OrderedDict(**layers, act=nn.ReLU()))
@@ -214,11 +210,11 @@ def copies(module: nn.Module) -> dict[str, nn.Module]:
 
 
 @each_pair
-def test_copies_are_the_same_and_apart(backend, name):
+def test_copies_are_the_same_and_apart(name):
     pair = PAIRS[name]
-    ours = pair.ours(activation="elu", momentum=None, eps=0.25).to(backend, torch.float64)
+    ours = pair.ours(activation="elu", momentum=None, eps=0.25).double()
     randomize(ours)
-    x = pair.batch(backend, torch.float64)
+    x = pair.batch(torch.device("cpu"), torch.float64)
     for way, twin in copies(ours).items():
         assert type(twin) is type(ours)
         assert repr(twin) == repr(ours)
@@ -232,20 +228,15 @@ def test_copies_are_the_same_and_apart(backend, name):
         assert ours.training
 
 
-def test_weights_only_load():
-    ours = fastnorm.Conv2dBatchNorm(4, 3, 1)
+def test_a_saved_state_dict_is_plain_tensors():
+    """torch.load with weights_only, its default, takes it."""
+    ours, theirs = PAIRS["Conv2dBatchNorm, 1"].ours(), PAIRS["Conv2dBatchNorm, 1"].theirs()
     randomize(ours)
     file = io.BytesIO()
     torch.save(ours.state_dict(), file)
     file.seek(0)
-    theirs = _convolution(2, 1)()
-    theirs.load_state_dict(
-        {
-            k: v.repeat(2, *[1] * (v.ndim - 1)) if v.ndim else v
-            for k, v in torch.load(file, weights_only=True).items()
-        }
-    )
-    assert torch.equal(theirs.norm.running_var[:3], ours.norm.running_var)
+    theirs.load_state_dict(torch.load(file, weights_only=True))
+    assert_same_state(theirs, ours)
 
 
 # ---- constructor, class, repr --------------------------------------------------------------------
@@ -348,7 +339,7 @@ def test_repr_of_compounds(kind):
 
 
 # ---- training ------------------------------------------------------------------------------------
-def train(module: nn.Module, batches: list[Tensor], frozen: bool = False) -> Iterator[Tensor]:
+def train(module: nn.Module, batches: list[Tensor]) -> Iterator[Tensor]:
     """Outputs and input gradients of some steps of SGD, then of evaluation."""
     parameters = [p for p in module.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(parameters, lr=0.05, momentum=0.5) if parameters else None
@@ -366,13 +357,18 @@ def train(module: nn.Module, batches: list[Tensor], frozen: bool = False) -> Ite
             optimizer.step()
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
-@each_pair
+EVERY_OPTION = ("BatchNorm1d, (N, C)", "Conv2dBatchNorm, 1")
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [(n, o) for n in PAIRS for o in (OPTIONS if n in EVERY_OPTION else ["default"])],
+)
 def test_trains_as_torchs(backend, name, options):
-    """Outputs, gradients, parameters and buffers of three steps and an evaluation."""
+    """Outputs, gradients, parameters and buffers of two steps and an evaluation."""
     pair = PAIRS[name]
-    ours, theirs = pair.both(backend, torch.float64, **options)
-    batches = [pair.batch(backend, torch.float64, seed) for seed in range(4)]
+    ours, theirs = pair.both(backend, torch.float64, **OPTIONS[options])
+    batches = [pair.batch(backend, torch.float64, seed) for seed in range(3)]
     results = zip(train(ours, batches), train(theirs, batches), strict=True)
     for i, (got, want) in enumerate(results):
         close(got, want, f"result {i}")
@@ -380,7 +376,7 @@ def test_trains_as_torchs(backend, name, options):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
-@pytest.mark.parametrize("name", ["BatchNorm2d", "LinearBatchNorm", "Conv2dBatchNorm, 1"])
+@pytest.mark.parametrize("name", ["BatchNorm2d", "LinearBatchNorm"])
 def test_trains_as_torchs_in_fewer_bits(backend, name, dtype):
     pair = PAIRS[name]
     ours, theirs = pair.both(backend, dtype)
@@ -397,11 +393,11 @@ def test_batches_are_counted_in_training_alone(backend, name, momentum):
     pair = PAIRS[name]
     module = pair.ours(momentum=momentum).to(backend)
     norm = getattr(module, "norm", module)
-    x = pair.batch(backend, torch.float32)
-    for expected, training in [(1, True), (2, True), (2, False), (3, True), (3, False)]:
+    steps = [(1, True), (2, True), (2, False), (3, True), (3, False)]
+    for seed, (expected, training) in enumerate(steps):
         module.train(training)
         before = norm.running_mean.clone()
-        module(x)
+        module(pair.batch(backend, torch.float32, seed))
         assert norm.num_batches_tracked.item() == expected
         assert norm.num_batches_tracked.dtype == torch.int64
         assert torch.equal(norm.running_mean, before) == (not training)
@@ -484,15 +480,17 @@ def test_frozen(backend, frozen, training):
 
 
 # ---- activation, residual ------------------------------------------------------------------------
-@pytest.mark.parametrize("kind", ["BatchNorm1d", "BatchNorm2d", "LinearBatchNorm", *CONVOLUTIONS])
-def test_every_activation_reaches_the_function(backend, kind):
-    rank = {"BatchNorm2d": 2, "Conv2dBatchNorm": 2, "Conv1dBatchNorm": 1, "Conv3dBatchNorm": 3}
-    shape = (4, 3, *[3] * rank.get(kind, 0))
-    sizes = (3,) if kind.startswith("Batch") else (3, 3) if kind.startswith("Lin") else (3, 3, 1)
-    x = torch.randn(shape, dtype=torch.float64).to(backend)
-    plain = getattr(fastnorm, kind)(*sizes, activation="identity").to(backend, torch.float64)
+@pytest.mark.parametrize("kind", ["BatchNorm2d", "LinearBatchNorm", "Conv1dBatchNorm"])
+def test_every_activation_reaches_the_function(kind):
+    shape, sizes = {
+        "BatchNorm2d": ((4, 3, 2, 2), (3,)),
+        "LinearBatchNorm": ((4, 3), (3, 3)),
+        "Conv1dBatchNorm": ((4, 3, 2), (3, 3, 1)),
+    }[kind]
+    x = torch.randn(shape, dtype=torch.float64)
+    plain = getattr(fastnorm, kind)(*sizes, activation="identity").double()
     for activation in ACTIVATIONS:
-        ours = getattr(fastnorm, kind)(*sizes, activation=activation).to(backend, torch.float64)
+        ours = getattr(fastnorm, kind)(*sizes, activation=activation).double()
         ours.load_state_dict(plain.state_dict())
         z = copy.deepcopy(plain)(x)
         if activation == "gelu_tanh":
@@ -506,12 +504,12 @@ def test_residual_by_position_and_by_keyword(backend):
     ours, theirs = PAIRS["BatchNorm2d"].both(backend, torch.float64)
     ours.activation = "relu"
     x, residual = (torch.randn(4, 3, 5, 2, dtype=torch.float64, device=backend) for _ in range(2))
-    want = F.relu(theirs(x) + residual)
-    assert torch.equal(want > 0, copy.deepcopy(ours)(x, residual) > 0)
-    close(copy.deepcopy(ours)(x, residual), want)
-    close(copy.deepcopy(ours)(x, residual=residual), want)
-    close(copy.deepcopy(ours)(input=x, residual=residual), want)
-    close(copy.deepcopy(ours)(x, None), F.relu(copy.deepcopy(ours.train(False).train())(x)))
+    z = theirs(x)
+    want = F.relu(z + residual)
+    close(ours(x, residual), want)
+    close(ours(x, residual=residual), want)
+    close(ours(input=x, residual=residual), want)
+    close(ours(x, None), F.relu(z))
 
 
 def test_in_sequential(backend):
@@ -618,7 +616,6 @@ def test_parameters_of_another_dtype(backend, name, parameters):
         ("BatchNorm2d", (2, 6, 4, 5), torch.channels_last),
         ("BatchNorm3d", (2, 6, 2, 4, 5), torch.channels_last_3d),
         ("Conv2dBatchNorm", (2, 6, 4, 5), torch.channels_last),
-        ("Conv3dBatchNorm", (2, 6, 2, 4, 5), torch.channels_last_3d),
     ],
 )
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -662,10 +659,20 @@ def test_trains_and_evaluates_inside_inference_mode(backend):
         ours.eval()(torch.ones(2, 3, device=backend))
 
 
+MODIFIED = "modified by an inplace operation"
+
+
+def gradients_or_refusal(y: Tensor, leaves: list[Tensor], dy: Tensor) -> tuple[Tensor, ...] | str:
+    try:
+        return torch.autograd.grad(y, leaves, dy)
+    except RuntimeError as error:
+        return str(error)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("changed", ["input", "weight", "bias", "output", "nothing"])
 def test_a_change_in_place_is_noticed_where_torch_notices(backend, changed, training):
-    raised = []
+    refused = {}
     for kind in (fastnorm.BatchNorm2d, nn.BatchNorm2d):
         norm = kind(3).to(backend).train(training)
         x = torch.randn(4, 3, 5, 2, device=backend).requires_grad_()
@@ -674,49 +681,35 @@ def test_a_change_in_place_is_noticed_where_torch_notices(backend, changed, trai
         if target is not None:
             with torch.no_grad():
                 target.add_(1)
-        try:
-            y.sum().backward()
-        except RuntimeError as error:
-            assert "modified by an inplace operation" in str(error)
-            raised.append(True)
-        else:
-            raised.append(False)
-    assert raised[0] == raised[1], f"ours raises: {raised[0]}, torch's: {raised[1]}"
+        result = gradients_or_refusal(y, [x], torch.ones_like(y))
+        refused[kind.__module__.split(".")[0]] = isinstance(result, str) and MODIFIED in result
+    assert refused["fastnorm"] == refused["torch"]
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "silu", "relu6", "elu"])
 @pytest.mark.parametrize("changed", ["input", "residual", "bias", "output"])
 def test_a_change_in_place_never_gives_another_gradient(backend, changed, activation):
     """What the backward needs again is either noticed or not needed."""
     x, residual = (torch.randn(4, 3, 5, device=backend) for _ in range(2))
-    gradients = []
+    results = []
     for change in (False, True):
         norm = fastnorm.BatchNorm1d(3, activation=activation, device=backend)
         leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
         y = norm(*leaves)
+        targets = {"input": leaves[0], "residual": leaves[1], "bias": norm.bias, "output": y}
         if change:
-            targets = {"input": leaves[0], "residual": leaves[1], "bias": norm.bias, "output": y}
             with torch.no_grad():
                 targets[changed].add_(1)
-        try:
-            gradients.append(torch.autograd.grad(y, [*leaves, norm.weight], x))
-        except RuntimeError as error:
-            assert change, error
-            assert "modified by an inplace operation" in str(error)
-            return
-    for before, after in zip(*gradients, strict=True):
-        assert torch.equal(before, after)
+        results.append(gradients_or_refusal(y, [*leaves, norm.weight], x))
+    want, got = results
+    assert not isinstance(want, str)
+    if isinstance(got, str):
+        assert MODIFIED in got
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
-def test_running_statistics_are_seen_to_change(backend):
-    """The buffers' version counters move, so that who saved them is told."""
-    norm = fastnorm.BatchNorm1d(3, device=backend)
-    before = [b._version for b in norm.buffers()]
-    norm(torch.randn(4, 3, device=backend))
-    assert all(b._version > v for b, v in zip(norm.buffers(), before, strict=True))
-
-
-@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("name", ["BatchNorm2d", "LinearBatchNorm", "Conv2dBatchNorm, 1"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_autocast_gives_torchs_dtypes(backend, name, dtype):
     pair = PAIRS[name]

@@ -8,16 +8,20 @@ from torch import Tensor
 from fastnorm import eager
 from fastnorm.eager.activations import GRAD_FROM_OUTPUT
 from fastnorm.kernels import batch_norm as kernels
+from fastnorm.kernels.launch import ChannelView
 from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of
 
 
 class BatchNormFunction(torch.autograd.Function):
-    """(input, residual, weight, bias) are differentiable; the buffers change in place."""
+    """(x, residual, weight, bias) are differentiable; the buffers change in place.
+
+    x is dense, laid out as `view` says, and residual like it.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        input: Tensor,
+        x: Tensor,
         residual: Tensor | None,
         weight: Tensor | None,
         bias: Tensor | None,
@@ -28,24 +32,25 @@ class BatchNormFunction(torch.autograd.Function):
         momentum: float | Tensor,
         eps: float,
         activation: str,
+        view: ChannelView,
     ) -> Tensor:
-        x, view = channel_view(input)
-        added = None if residual is None else laid_out_as(residual, x)
         with on_device_of(x):
             y, stats = kernels.forward(
-                x, added, weight, bias, running_mean, running_var, num_batches_tracked,
+                x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
                 training, momentum, eps, activation, view,
             )  # fmt: skip
         for buffer in (running_mean, running_var, num_batches_tracked):
             if training and buffer is not None:
                 torch.autograd.graph.increment_version(buffer)
         gate = kernels.saved_for_gate(activation, residual is not None)
+        from_z = activation != "identity" and gate != "output"
         ctx.save_for_backward(
-            x, weight, bias, stats,
+            x, weight, bias if from_z else None, stats,
             y if gate == "output" else None,
-            added if gate == "residual" else None,
+            residual if gate == "residual" else None,
         )  # fmt: skip
         ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.training, ctx.eps, ctx.activation, ctx.view = training, eps, activation, view
         return y
 
@@ -53,7 +58,7 @@ class BatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
-        buffers_and_options = (None,) * 7
+        buffers_and_options = (None,) * 8
         if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             return *_differentiable_backward(ctx, dy), *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
@@ -61,7 +66,7 @@ class BatchNormFunction(torch.autograd.Function):
             dx, dz, dw, db = kernels.backward(
                 laid_out_as(dy, x), x, y, residual, weight, bias, stats,
                 ctx.training, ctx.activation, ctx.view,
-                (dx_wanted, dz_dtype, dw_wanted, db_wanted),
+                (dx_wanted, dz_dtype, dw_wanted, ctx.bias_dtype if db_wanted else None),
             )  # fmt: skip
         if dresidual_wanted and dz is None:  # nothing between the sum and the output
             dz = dy.to(ctx.residual_dtype)
@@ -73,14 +78,14 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, stats, y, residual = ctx.saved_tensors
     dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
     activation = "identity" if y is not None else ctx.activation
-    running = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)
+    mean, var = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)
     eps = ctx.eps if ctx.training else 0.0  # rstd⁻² is the variance with eps in it
     leaves = [(t, i) for i, t in enumerate((x, residual, weight, bias)) if t is not None]
     wanted = [(t, i) for t, i in leaves if ctx.needs_input_grad[i]]
     gradients: list[Tensor | None] = [None] * 4
     if wanted:
         z = eager.batch_norm(
-            x, *running, weight, bias, ctx.training, 0.0, eps, residual, activation, None
+            x, mean, var, weight, bias, ctx.training, 0.0, eps, residual, activation, None
         )
         found = torch.autograd.grad(
             z, [t for t, _ in wanted], dz.to(z.dtype), create_graph=True, allow_unused=True
@@ -89,6 +94,9 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             gradients[i] = gradient
     if ctx.needs_input_grad[1] and residual is None:
         gradients[1] = dz.to(ctx.residual_dtype)
+    if ctx.needs_input_grad[3] and bias is None:
+        axes = [0, *range(2, dz.ndim)]
+        gradients[3] = dz.sum(axes, dtype=stats.dtype).to(ctx.bias_dtype)
     return tuple(gradients)
 
 
@@ -113,13 +121,14 @@ def batch_norm(
         )  # fmt: skip
     if momentum is None and num_batches_tracked is not None:
         # The cumulative average: counted before the launch, in which every channel reads the count.
-        momentum = 1.0 / num_batches_tracked.add_(1)
+        momentum = num_batches_tracked.add_(1).double().reciprocal()
         num_batches_tracked = None
+    x, view = channel_view(input)
     y: Tensor = BatchNormFunction.apply(
-        input,
-        residual,
-        None if weight is None else weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        x,
+        None if residual is None else laid_out_as(residual, x),
+        None if weight is None else weight.reshape(-1).contiguous(),
+        None if bias is None else bias.reshape(-1).contiguous(),
         running_mean,
         running_var,
         num_batches_tracked,
@@ -127,5 +136,6 @@ def batch_norm(
         momentum,
         eps,
         activation,
+        view,
     )
     return y
