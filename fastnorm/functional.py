@@ -108,9 +108,9 @@ def linear_batch_norm(
             [1., 0.]])
     """
     checks.linear(input, weight, bias)
-    rows = (input.shape[:-1].numel(), weight.shape[0])
+    shape = (input.shape[:-1].numel(), weight.shape[0])
     checks.batch_statistics(
-        rows, input, running_mean, running_var, norm_weight, norm_bias, training, eps
+        shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps
     )
     checks.activation(activation)
     if algorithm not in LINEAR_ALGORITHMS:
@@ -119,11 +119,23 @@ def linear_batch_norm(
         )
     if type(momentum) is not float:
         checks.momentum(momentum, num_batches_tracked)
-    y: Tensor = implementation(input).linear_batch_norm(
-        input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
-        training, momentum, eps, activation, algorithm, num_batches_tracked,
+    z = F.linear(input, *_of_dtype(input, weight, bias))
+    rows = z if z.ndim == 2 else z.flatten(0, -2)
+    y: Tensor = implementation(rows).batch_norm(
+        rows, running_mean, running_var, norm_weight, norm_bias,
+        training, momentum, eps, None, activation, num_batches_tracked,
     )  # fmt: skip
-    return y
+    return y if z.ndim == 2 else y.view(z.shape)
+
+
+def _of_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The operands of torch's product, which asks for one dtype."""
+    dtype = input.dtype
+    if weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    return weight, bias
 
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -175,15 +187,7 @@ def conv_batch_norm(
     checks.product(input, weight, bias)
     checks.activation(activation)
     convolution = _CONVOLUTIONS[weight.ndim]
-    z = convolution(
-        input,
-        weight.to(input.dtype),
-        None if bias is None else bias.to(input.dtype),
-        stride,
-        padding,
-        dilation,
-        groups,
-    )
+    z = convolution(input, *_of_dtype(input, weight, bias), stride, padding, dilation, groups)
     return batch_norm(
         z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps,
         activation=activation, num_batches_tracked=num_batches_tracked,

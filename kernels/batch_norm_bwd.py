@@ -7,10 +7,12 @@ from fastnorm.kernels.device.channels import (
     channels_of,
     gradient_sums_of_tiles,
     input_gradient_of_tiles,
+    load_affine,
     load_stats,
+    share_of_program,
     wide_sizes,
 )
-from fastnorm.kernels.device.tiles import load_as, load_or, store_cast
+from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import SIZES
 
 
@@ -30,8 +32,7 @@ def batch_norm_bwd_kernel(
     pid = tl.program_id(0)
     c, cmask = channels_of(pid, C, BLOCK_C)
     mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
-    w = load_or(w_ptr, c, cmask, 1.0, ACC)
-    b = load_or(b_ptr, c, cmask, 0.0, ACC)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr,
         None if TRAINING else dx_ptr, None if TRAINING else dz_ptr,
@@ -61,14 +62,9 @@ def batch_norm_bwd_reduce_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0)
-    p = pid % P
-    c, cmask = channels_of(pid // P, C, BLOCK_C)
+    p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
     mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
-    w = load_or(w_ptr, c, cmask, 1.0, ACC)
-    b = load_or(b_ptr, c, cmask, 0.0, ACC)
-    first = p * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, tiles)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
         first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
@@ -114,17 +110,12 @@ def batch_norm_bwd_apply_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0)
-    p = pid % P
-    c, cmask = channels_of(pid // P, C, BLOCK_C)
+    _, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
     mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
-    w = load_or(w_ptr, c, cmask, 1.0, ACC)
-    b = load_or(b_ptr, c, cmask, 0.0, ACC)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     M = (N * S).to(ACC)
     dw = load_as(sums_ptr, c, cmask, ACC)
     db = load_as(sums_ptr, C + c, cmask, ACC)
-    first = p * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, tiles)
     input_gradient_of_tiles(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
         first, last, c, cmask, mean, rest, rstd, w, b, dw / M, db / M, N, C, S,

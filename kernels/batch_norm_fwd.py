@@ -5,9 +5,11 @@ import triton.language as tl
 
 from fastnorm.kernels.device.channels import (
     channels_of,
+    load_affine,
     load_stats,
     moments_of_tiles,
     normalize_tiles,
+    share_of_program,
     wide_sizes,
 )
 from fastnorm.kernels.device.moments import (
@@ -19,7 +21,7 @@ from fastnorm.kernels.device.moments import (
     sqrt,
     two_sum,
 )
-from fastnorm.kernels.device.tiles import load_as, load_or, store_cast
+from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import SIZES
 
 
@@ -78,8 +80,7 @@ def batch_norm_fwd_kernel(
         mean, rest, std, count, eps, c, cmask, C,
         stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
     )  # fmt: skip
-    w = load_or(w_ptr, c, cmask, 1.0, ACC)
-    b = load_or(b_ptr, c, cmask, 0.0, ACC)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, 0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
         ACT, BLOCK_N, BLOCK_S, COLUMNS,
@@ -97,11 +98,7 @@ def batch_norm_fwd_moments_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0)
-    p = pid % P
-    c, cmask = channels_of(pid // P, C, BLOCK_C)
-    first = p * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, tiles)
+    p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
     count, mean, rest, std = moments_of_tiles(
         x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
     )
@@ -109,6 +106,7 @@ def batch_norm_fwd_moments_kernel(
     tl.store(partial_ptr + at, mean, mask=cmask)
     tl.store(partial_ptr + P * C + at, rest, mask=cmask)
     tl.store(partial_ptr + 2 * P * C + at, std, mask=cmask)
+    pid = tl.program_id(0)
     if pid == p:  # the first block of channels speaks for all
         tl.store(count_ptr + p, tl.sum(count, axis=0))
     count_batch(batches_ptr, pid)
@@ -161,9 +159,7 @@ def batch_norm_fwd_apply_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    pid = tl.program_id(0)
-    p = pid % P
-    c, cmask = channels_of(pid // P, C, BLOCK_C)
+    p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
     if running_mean_ptr is None:
         mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
     else:
@@ -175,10 +171,7 @@ def batch_norm_fwd_apply_kernel(
             tl.store(stats_ptr + c, mean, mask=cmask)
             tl.store(stats_ptr + C + c, rest, mask=cmask)
             tl.store(stats_ptr + 2 * C + c, rstd, mask=cmask)
-    w = load_or(w_ptr, c, cmask, 1.0, ACC)
-    b = load_or(b_ptr, c, cmask, 0.0, ACC)
-    first = p * tiles_per_program
-    last = tl.minimum(first + tiles_per_program, tiles)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
         ACT, BLOCK_N, BLOCK_S, COLUMNS,

@@ -1,6 +1,5 @@
 """The Triton backend: one autograd function per family, same signatures as `eager`."""
 
 from fastnorm.ops.batch_norm import batch_norm
-from fastnorm.ops.linear_batch_norm import linear_batch_norm
 
-__all__ = ["batch_norm", "linear_batch_norm"]
+__all__ = ["batch_norm"]

@@ -19,6 +19,7 @@ from fastnorm.kernels.device.tiles import (
     fold,
     lanes_of_tile,
     load_as,
+    load_or,
     store_cast,
     tile_offsets,
 )
@@ -40,6 +41,21 @@ def wide_sizes(N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
 def channels_of(block, C, BLOCK_C: tl.constexpr):
     c = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
     return c, c < C
+
+
+@triton.jit
+def share_of_program(P, C, tiles, tiles_per_program, BLOCK_C: tl.constexpr):
+    """(p, c, cmask, first, last): which of the P shares of which channels this program owns."""
+    pid = tl.program_id(0)
+    p = pid % P
+    c, cmask = channels_of(pid // P, C, BLOCK_C)
+    first = p * tiles_per_program
+    return p, c, cmask, first, tl.minimum(first + tiles_per_program, tiles)
+
+
+@triton.jit
+def load_affine(w_ptr, b_ptr, c, cmask, ACC: tl.constexpr):
+    return load_or(w_ptr, c, cmask, 1.0, ACC), load_or(b_ptr, c, cmask, 0.0, ACC)
 
 
 @triton.jit
