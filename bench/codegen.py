@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import triton
-from grid import CASES, LARGE, Case
+from grid import CASES, LARGE, OPTION_CASES, Case
 from launches import TARGETS, Recorded, recording
 
 # Per multiprocessor: registers, shared memory in bytes, threads.
@@ -224,12 +224,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     parser.add_argument("--families", nargs="+", help="only these (default: all)")
+    parser.add_argument(
+        "--options", action="store_true", help="each option of each operation, not real shapes"
+    )
     parser.add_argument("--out", type=Path, help="write the Markdown report here")
     parser.add_argument("--json", type=Path, help="write every figure here")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET") == "1":
         sys.exit("codegen.py compiles: unset TRITON_INTERPRET")
-    cases = [c for c in CASES if not arguments.families or c.family in arguments.families]
+    chosen = OPTION_CASES if arguments.options else CASES
+    cases = [c for c in chosen if not arguments.families or c.family in arguments.families]
     codes = [
         inspect(case, launched, target)
         for target in arguments.targets

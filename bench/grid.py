@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 import fastnorm.functional as FF
+from fastnorm.eager.activations import ACTIVATIONS
 
 # Names of kernel arguments that are as large as the input; the others are parameters, statistics
 # and partial sums.
@@ -36,11 +37,12 @@ class Case:
     training: bool = True
     activation: str = "identity"
     residual: bool = False
+    affine: bool = True
 
     def __str__(self) -> str:
         mode = "train" if self.training else "eval"
         parts = [self.family, self.name, self.layout, str(self.dtype)[6:], mode, self.activation]
-        return ", ".join(parts + ["residual"] * self.residual)
+        return ", ".join(parts + ["residual"] * self.residual + ["plain"] * (not self.affine))
 
     def inputs(self, device: str, seed: int = 0) -> dict[str, Tensor]:
         """The tensors of a call by name; those that are differentiated require gradients."""
@@ -56,7 +58,7 @@ class Case:
             name: draw(*self.shape, dtype=self.dtype).to(memory_format=FORMATS[self.layout])
             for name in large
         }
-        for name in ("weight", "bias"):
+        for name in ("weight", "bias") if self.affine else ():
             tensors[name] = draw(self.shape[1], dtype=torch.float32)
         tensors = {name: tensor.requires_grad_() for name, tensor in tensors.items()}
         for name, value in (("running_mean", 0.0), ("running_var", 1.0)):
@@ -68,8 +70,8 @@ class Case:
             tensors["input"],
             tensors["running_mean"],
             tensors["running_var"],
-            tensors["weight"],
-            tensors["bias"],
+            tensors.get("weight"),
+            tensors.get("bias"),
             self.training,
             residual=tensors.get("residual"),
             activation=self.activation,
@@ -95,7 +97,8 @@ class Case:
         """(forward, backward) passes of DESIGN §2; `whole`: an index set fits one program."""
         again = 1 if self.training and not whole else 0  # x is read for the moments, then again
         gated = 2 if self.residual and self.activation != "identity" else 0  # y in, dz out
-        return 2 + self.residual + again, 3 + 2 * again + gated
+        x_unread = not (self.training or self.affine or self.activation != "identity")
+        return 2 + self.residual + again, 3 + 2 * again + gated - x_unread
 
 
 RESNET50 = {  # the outputs of the stages, batch 256
@@ -113,7 +116,10 @@ def _batch_norm() -> Iterator[Case]:
             case = Case("batch_norm", name, shape, layout=layout, activation="relu")
             yield case
             yield replace(case, residual=True)
-    yield Case("batch_norm", "resnet50 stage 1", RESNET50["resnet50 stage 1"], training=False)
+    frozen = Case("batch_norm", "resnet50 stage 1", RESNET50["resnet50 stage 1"], training=False)
+    yield frozen
+    yield replace(frozen, affine=False)
+    yield Case("batch_norm", "resnet50 stage 2", RESNET50["resnet50 stage 2"], affine=False)
     for dtype in (torch.bfloat16, torch.float32):
         yield Case("batch_norm", "mlp", (8192, 1024), dtype, activation="relu")
         yield Case("batch_norm", "mlp, small batch", (256, 1024), dtype, activation="gelu")
@@ -146,7 +152,27 @@ def _small_batch_norm() -> Iterator[Case]:
     yield replace(split, activation="silu", residual=True)
     yield replace(split, residual=True)
     yield replace(split, activation="relu", residual=True, training=False)
+    yield replace(split, affine=False)
+    yield Case("batch_norm", "whole NCHW", (6, 5, 24, 24), affine=False)
+
+
+def _batch_norm_options() -> Iterator[Case]:
+    """Every activation, dtype and absent tensor once, at shapes that take each kernel."""
+    for layout, shape in (("contiguous", (64, 4, 64, 64)), ("channels_last", (4, 24, 9, 9))):
+        case = Case("batch_norm", "options", shape, layout=layout)
+        for activation in ACTIVATIONS:
+            yield replace(case, activation=activation, residual=layout == "contiguous")
+            yield replace(case, activation=activation, training=False)
+        for dtype in (torch.float16, torch.float32, torch.float64):
+            yield replace(case, dtype=dtype, activation="gelu_tanh", residual=True)
+        for training in (True, False):
+            for residual in (True, False):
+                plain = replace(case, affine=False, training=training, residual=residual)
+                yield plain
+                yield replace(plain, activation="relu")
+                yield replace(plain, activation="silu")
 
 
 CASES: tuple[Case, ...] = tuple(_batch_norm())
+OPTION_CASES: tuple[Case, ...] = tuple(_batch_norm_options())
 SMALL_CASES: tuple[Case, ...] = tuple(_small_batch_norm())

@@ -82,6 +82,18 @@ def test_relu_keeps_nan(codes):
             assert "max.NaN" in code["features"], code
 
 
+@pytest.mark.slow
+def test_every_option_compiles(tmp_path):
+    """The interpreter runs what the compiler refuses: every activation, dtype and absent tensor."""
+    path = tmp_path / "codes.json"
+    run("codegen.py", "--options", "--targets", "sm_90", "--json", str(path))
+    codes = json.loads(path.read_text())
+    assert len(codes) > 50
+    assert not any(
+        code["stack"] or code["spills"] for code in codes if "float64" not in code["case"]
+    )
+
+
 def test_narrow_access_is_seen():
     """The width reader itself: a scalar access in a PTX text is found under its argument."""
     script = """

@@ -413,6 +413,22 @@ def test_16_bit_input_with_float32_parameters_stays_fused(backend, dtype):
     assert_close(norm.running_var, 0.9 + exact.var(1) / 10, 100)
 
 
+@pytest.mark.parametrize("narrow", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 70, 71)], ids=str)
+def test_a_16_bit_residual_does_not_round_the_other_gradients(backend, shape, narrow):
+    """The residual's gradient, in 16 bits, taken for the gradient of everything before it."""
+    x = draw(*shape, device=backend).requires_grad_()
+    residual = draw(*shape, device=backend, dtype=narrow, seed=1).requires_grad_()
+    y = FF.batch_norm(x, None, None, training=True, residual=residual, activation="silu")
+    dy = draw(*shape, device=backend, seed=2)
+    got = torch.autograd.grad(y, (x, residual), dy)
+    leaf, added = (t.detach().double().requires_grad_() for t in (x, residual))
+    want, _, _ = reference.batch_norm(leaf, None, None, None, None, True, 0.1, 1e-5, added, "silu")
+    wanted = torch.autograd.grad(want, (leaf, added), dy.double())
+    for name, gradient, exact in zip(("dx", "dresidual"), got, wanted, strict=True):
+        assert_close(gradient, exact, x.numel() // 3, name)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(backend, dtype):
     """Autocast refused: a model trains under it, its parameters' gradients are float32."""
@@ -461,6 +477,31 @@ def test_channels_last(backend, kind, size, memory_format, channels):
     (want_dx,) = torch.autograd.grad(want, leaf, x.detach().double())
     assert_close(y, want.detach(), 36)
     assert_close(dx, want_dx, 36)
+
+
+@pytest.mark.parametrize("shape", [(6, 3), (2, 3, 6, 5)], ids=str)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("strided", ["weight", "bias", "running_mean", "running_var", "scalar"])
+def test_parameters_and_buffers_of_any_stride(backend, strided, training, shape):
+    """Strides of the parameters ignored: torch's own CPU operator reads on past them."""
+    x, dy = draw(*shape, device=backend).requires_grad_(), draw(*shape, device=backend, seed=1)
+
+    def outcome(stride: bool) -> list[Tensor]:
+        wide = draw(4, 3, 2, device=backend, seed=2).abs() + 0.5
+        wide[..., 1] = float("nan")  # between the elements
+        found = {}
+        for name, row in zip(("weight", "bias", "running_mean", "running_var"), wide, strict=True):
+            narrow = row[:, 0] if stride and name == strided else row[:, 0].clone()
+            if strided == "scalar" and name == "weight":  # one number for all channels
+                narrow = narrow[:1].expand(3) if stride else narrow[:1].repeat(3)
+            found[name] = narrow
+        leaves = [x, found["weight"].requires_grad_(), found["bias"].requires_grad_()]
+        y = FF.batch_norm(leaves[0], **found | {"bias": leaves[2]}, training=training)
+        gradients = torch.autograd.grad(y, leaves, dy)
+        return [y, *gradients, found["running_mean"], found["running_var"]]
+
+    for got, want in zip(outcome(True), outcome(False), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
 
 
 # ---- 12: transforms ------------------------------------------------------------------------------

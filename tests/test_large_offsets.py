@@ -66,9 +66,7 @@ def test_beyond_2_to_the_31_elements(first_channels_only, name):
             dy, x, None, None, None, None, stats, True, "relu", view, (True, None, False, None)
         )
     leaf = x_part.double().requires_grad_()
-    want, _, _ = reference.batch_norm(
-        leaf, None, None, None, None, True, 0.1, 1e-5, None, "relu"
-    )
+    want, _, _ = reference.batch_norm(leaf, None, None, None, None, True, 0.1, 1e-5, None, "relu")
     (want_dx,) = torch.autograd.grad(want, leaf, dy_part.double())
 
     def first(whole: torch.Tensor) -> torch.Tensor:

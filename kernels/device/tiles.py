@@ -79,7 +79,8 @@ def load_or(ptr, at, mask, default: tl.constexpr, ACC: tl.constexpr):
     """`load_as`, or the default where the tensor is absent."""
     if ptr is None:
         return tl.full(at.shape, default, ACC)
-    return tl.load(ptr + at, mask=mask, other=default).to(ACC)
+    else:  # compiled too, were it not a branch
+        return tl.load(ptr + at, mask=mask, other=default).to(ACC)
 
 
 @triton.jit
