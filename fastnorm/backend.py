@@ -77,6 +77,10 @@ def backend_for(tensor: Tensor) -> str:
 
     Raises:
         RuntimeError: Triton was asked for by name and cannot run on the tensor's device.
+
+    >>> import torch, fastnorm
+    >>> fastnorm.backend_for(torch.ones(0, 3))
+    'eager'
     """
     name = _asked.name
     if name == "eager" or (name == "auto" and not tensor.is_cuda):

@@ -89,9 +89,7 @@ def test_every_option_compiles(tmp_path):
     run("codegen.py", "--options", "--targets", "sm_90", "--json", str(path))
     codes = json.loads(path.read_text())
     assert len(codes) > 50
-    assert not any(
-        code["stack"] or code["spills"] for code in codes if "float64" not in code["case"]
-    )
+    assert not any(code["spills"] for code in codes)
 
 
 def test_narrow_access_is_seen():
