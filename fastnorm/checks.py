@@ -5,6 +5,7 @@ were. They also run on every call: each asks as little as it can of a good one.
 """
 
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -19,14 +20,27 @@ def activation(name: str) -> None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but got {name!r}")
 
 
-def momentum(value: float | Tensor | None, num_batches_tracked: Tensor | None) -> None:
+def momentum(
+    value: object, num_batches_tracked: Tensor | None, input: Tensor
+) -> float | Tensor | None:
+    """A number as float; a tensor that the buffers can be moved by; None where batches count."""
+    if isinstance(value, Tensor):
+        if value.ndim or value.requires_grad or not value.is_floating_point():
+            raise TypeError(
+                "a momentum tensor must be 0-dimensional, floating-point and without a gradient, "
+                f"but got {list(value.shape)}, {value.dtype}, requires_grad={value.requires_grad}"
+            )
+        if value.device != input.device:
+            _refuse("momentum", value, input)
+        return value
+    if isinstance(value, Real):
+        return float(value)
     if value is None and num_batches_tracked is not None:
-        return
-    if not isinstance(value, float | int | Tensor):
-        raise TypeError(
-            "momentum must be a number or a 0-dimensional tensor, or None where "
-            f"num_batches_tracked counts the batches, but got {type(value).__name__}"
-        )
+        return None
+    raise TypeError(
+        "momentum must be a number or a 0-dimensional tensor, or None where "
+        f"num_batches_tracked counts the batches, but got {type(value).__name__}"
+    )
 
 
 def residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:

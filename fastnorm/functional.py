@@ -62,7 +62,9 @@ def batch_norm(
     if activation != "identity":
         checks.activation(activation)
     if type(momentum) is not float:
-        checks.momentum(momentum, num_batches_tracked)
+        momentum = checks.momentum(momentum, num_batches_tracked, input)
+    if type(eps) is not float:
+        eps = float(eps)
     y: Tensor = implementation(input).batch_norm(
         input, running_mean, running_var, weight, bias,
         training, momentum, eps, residual, activation, num_batches_tracked,
@@ -118,7 +120,9 @@ def linear_batch_norm(
             f"algorithm must be one of {', '.join(LINEAR_ALGORITHMS)}, but got {algorithm!r}"
         )
     if type(momentum) is not float:
-        checks.momentum(momentum, num_batches_tracked)
+        momentum = checks.momentum(momentum, num_batches_tracked, input)
+    if type(eps) is not float:
+        eps = float(eps)
     z = F.linear(input, *_of_dtype(input, weight, bias))
     rows = z if z.ndim == 2 else z.flatten(0, -2)
     y: Tensor = implementation(rows).batch_norm(

@@ -142,7 +142,8 @@ def backward(
     """Return (dx, dz, dweight, dbias), None where not `wanted`; dy, y and residual laid out as x.
 
     y or residual is given as `saved_for_gate` says; only then is there a dz other than dy, the
-    residual's gradient. bias is given where act′ needs z. dz and dbias are `wanted` in a dtype.
+    residual's gradient. bias is given where act′ needs z. dz (unless it is also read again) and
+    dbias have the dtypes `wanted`.
     """
     plan, sizes, tile, merge_grid, merge, dtype = _launch(x, view)
     _, gate = ACTIVATIONS[activation]
@@ -154,8 +155,10 @@ def backward(
     sums = dw is not None or db is not None or through_statistics
     dz = None
     gated = y is not None or residual is not None
-    if gated and (dz_dtype is not None or (through_statistics and not plan.whole)):
-        dz = torch.empty_like(dy, dtype=dz_dtype or dy.dtype)
+    if gated and through_statistics and not plan.whole:
+        dz = torch.empty_like(dy)  # the apply pass reads it: no coarser than dy, whatever is wanted
+    elif gated and dz_dtype is not None:
+        dz = torch.empty_like(dy, dtype=dz_dtype)
     sources = (dy, x if sums or (y is None and activation != "identity") else None, y, residual)
 
     if plan.whole:

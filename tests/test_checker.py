@@ -476,6 +476,7 @@ def test_every_allocator_is_filled(allocate):
         assert allocate().isnan().all()
 
 
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace")  # a builtin, behind a mock
 def test_allocations_can_still_be_traced(verdict):
     compiled = torch.compile(
         lambda x: torch.empty_like(x).fill_(3), fullgraph=True, backend="eager"

@@ -123,7 +123,8 @@ def test_report_needs_no_other_file(finished):
     ]
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert re.findall(r'src="([^"]{15})', page) == ["data:image/png;"]
-    assert not re.search(r"https?:|href|<script|@import|url\(", page)
+    text = re.sub(r'"data:image/png;base64,[^"]*"', "", page)  # in which any word may occur
+    assert not re.search(r"https?:|href|<script|@import|url\(", text)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
     for text in ("test accuracy", "time per step", "peak memory", torch.__version__):
         assert text in page

@@ -114,6 +114,14 @@ BATCH_NORM = {
     "eps a string": Bad({"eps": "1e-5"}, TypeError, ("str",)),
     "momentum None": Bad({"momentum": None}, TypeError, ("momentum",)),
     "momentum None in evaluation": Bad({"momentum": None, **EVAL}, TypeError, ("momentum",)),
+    "momentum of several elements": Bad(
+        {"momentum": torch.tensor([0.1, 0.2, 0.3])}, TypeError, ("momentum",)
+    ),
+    "momentum that requires a gradient": Bad(
+        {"momentum": torch.tensor(0.1, requires_grad=True)}, TypeError, ("momentum",)
+    ),
+    "momentum complex": Bad({"momentum": 0.1j}, TypeError, ("momentum", "complex")),
+    "momentum elsewhere": Bad({"momentum": torch.tensor(0.1, device=META)}, RuntimeError, ()),
     "momentum a string": Bad({"momentum": "x"}, TypeError, ("momentum", "str")),
     "integers": Bad({"input": torch.ones(4, 3, 5).long()}, RuntimeError, ("Long", "batch_norm")),
     "integers in evaluation": Bad(

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -442,6 +443,19 @@ def test_attributes_changed_later(backend):
         for training in (True, True, False):
             close(ours.train(training)(x), theirs.train(training)(x), str(change))
         assert_same_state(ours, theirs, exact=False)
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.float16])
+def test_numbers_of_numpy(backend, kind):
+    """What a sweep over np.linspace passes on; torch takes them as numbers."""
+    x = torch.randn(4, 3, dtype=torch.float64, device=backend)
+    ours, theirs = PAIRS["BatchNorm1d, (N, C)"].both(
+        backend, torch.float64, momentum=kind(0.25), eps=kind(0.5)
+    )
+    close(ours(x), theirs(x))
+    assert_same_state(ours, theirs, exact=False)
+    whole, wholes = PAIRS["BatchNorm1d, (N, C)"].both(backend, torch.float64, momentum=np.int64(1))
+    close(whole(x), wholes(x))
 
 
 def test_reset(backend):

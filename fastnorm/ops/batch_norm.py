@@ -68,9 +68,10 @@ class BatchNormFunction(torch.autograd.Function):
                 ctx.training, ctx.activation, ctx.view,
                 (dx_wanted, dz_dtype, dw_wanted, ctx.bias_dtype if db_wanted else None),
             )  # fmt: skip
-        if dresidual_wanted and dz is None:  # nothing between the sum and the output
-            dz = dy.to(ctx.residual_dtype)
-        return dx, dz if dresidual_wanted else None, dw, db, *buffers_and_options
+        dresidual = None
+        if dresidual_wanted:  # without a dz there is nothing between the sum and the output
+            dresidual = (dy if dz is None else dz).to(ctx.residual_dtype)
+        return dx, dresidual, dw, db, *buffers_and_options
 
 
 def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -114,7 +115,10 @@ def batch_norm(
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
     """`functional.batch_norm` on Triton kernels; arguments are already checked."""
+    if running_mean is not None and running_var is not None and not training:
+        running_mean, running_var = running_mean.contiguous(), running_var.contiguous()
     if any(b is not None and not b.is_contiguous() for b in (running_mean, running_var)):
+        # moved in place, and the kernels know no strides of theirs
         return eager.batch_norm(
             input, running_mean, running_var, weight, bias,
             training, momentum, eps, residual, activation, num_batches_tracked,
