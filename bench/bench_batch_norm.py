@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import GAUGE, Comparison, compare, device_name, table, write_json
+from harness import GAUGE, compare, device_name, table, write_json
 from torch import Tensor
 
 import fastnorm
@@ -85,10 +85,10 @@ def _call(
     return forward_backward if backward else forward
 
 
-def run(
-    model: Model, dtype: torch.dtype, kind: str, *, rounds: int = 15, compiled: bool = True
-) -> Comparison:
-    """Check fastnorm's layer against torch.nn's, then time both, and torch.nn's compiled."""
+def candidates(
+    model: Model, dtype: torch.dtype, kind: str, *, compiled: bool
+) -> tuple[dict[str, Callable[..., Any]], list[tuple[Tensor, Tensor]]]:
+    """The calls by library, fastnorm's checked against torch.nn's, and what to call them with."""
     shape = model.input_shape(DEVICE)
     backward = kind == "train+backward"
 
@@ -110,9 +110,8 @@ def run(
     if compiled:
         torch._dynamo.reset()
         layer = _layer(torch.nn, shape[1], len(shape), kind != "eval")
-        parameters = list(layer.parameters())
-        calls["torch.compile"] = _call(torch.compile(layer), parameters, backward)
-    return compare(calls, "torch.nn", inputs=inputs, device=DEVICE, rounds=rounds)
+        calls["torch.compile"] = _call(torch.compile(layer), list(layer.parameters()), backward)
+    return calls, inputs
 
 
 def cases(models: list[Model] = MODELS) -> Iterator[tuple[Model, torch.dtype, str]]:
@@ -129,21 +128,24 @@ def gigabytes_per_second(model: Model, dtype: torch.dtype, kind: str, seconds: f
 
 @pytest.mark.parametrize(
     ("model", "dtype", "kind"),
-    cases(),
-    ids=lambda v: v.name if isinstance(v, Model) else str(v).removeprefix("torch."),
+    list(cases()),
+    ids=lambda value: value.name if isinstance(value, Model) else str(value).split(".")[-1],
 )
 def test_batch_norm(benchmark, model, dtype, kind):
-    """fastnorm's own time as pytest-benchmark's; the interleaved ratios beside it."""
-    result = run(model, dtype, kind, compiled=DEVICE.type == "cuda")
-    ours = result["fastnorm"]
-    rate = gigabytes_per_second(model, dtype, kind, ours.best)
+    """pytest-benchmark's own time of fastnorm, and beside it the interleaved ratios."""
+    calls, inputs = candidates(model, dtype, kind, compiled=DEVICE.type == "cuda")
+    result = compare(calls, "torch.nn", inputs=inputs, device=DEVICE)
+    rate = gigabytes_per_second(model, dtype, kind, result["fastnorm"].best)
     benchmark.extra_info.update(result.extra_info("fastnorm", gigabytes_per_second=rate))
-    if "torch.compile" in result.timings:
+    if "torch.compile" in calls:
         benchmark.extra_info["compile_ratio"] = result["torch.compile"].ratio
-    benchmark.pedantic(lambda: None, rounds=1)  # the timing proper is the comparison's
-    benchmark.stats.stats.data[:] = []
-    for seconds in result.samples["fastnorm"]:
-        benchmark.stats.update(seconds)
+
+    def once():
+        calls["fastnorm"](*inputs[0])
+        if DEVICE.type == "cuda":
+            torch.cuda.synchronize()
+
+    benchmark.pedantic(once, rounds=5, iterations=result.calls)
 
 
 def main() -> None:
@@ -157,7 +159,8 @@ def main() -> None:
     print(f"{device_name(DEVICE)}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     rows, results = [], []
     for model, dtype, kind in cases([m for m in MODELS if options.only in m.name]):
-        result = run(model, dtype, kind, rounds=options.rounds, compiled=not options.no_compile)
+        calls, inputs = candidates(model, dtype, kind, compiled=not options.no_compile)
+        result = compare(calls, "torch.nn", inputs=inputs, device=DEVICE, rounds=options.rounds)
         base, ours, compiled = (
             result.timings.get(name) for name in ("torch.nn", "fastnorm", "torch.compile")
         )

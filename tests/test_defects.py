@@ -91,6 +91,21 @@ def test_batches_are_counted(backend):
         assert count.item() == expected
 
 
+@pytest.mark.parametrize("momentum", [0.1, None, "tensor"])
+def test_evaluation_counts_and_moves_nothing(backend, momentum):
+    """Buffers that change in evaluation, when they are passed all the same."""
+    if momentum == "tensor":
+        momentum = torch.tensor(0.5, device=backend)
+    x, mean, var = draw(6, 3, device=backend), *torch.ones(2, 3, device=backend)
+    count = torch.tensor(5, device=backend)
+    FF.batch_norm(x, mean, var, momentum=momentum, num_batches_tracked=count)
+    weight = draw(3, 3, device=backend)
+    FF.linear_batch_norm(x, weight, None, mean, var, momentum=momentum, num_batches_tracked=count)
+    assert count.item() == 5
+    assert torch.equal(mean, torch.ones_like(mean))
+    assert torch.equal(var, torch.ones_like(var))
+
+
 def test_momentum_none(backend):
     """momentum=None unsupported: it is the average over all batches since the reset."""
     norm = fastnorm.BatchNorm1d(3, momentum=None, device=backend)

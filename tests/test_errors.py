@@ -1,7 +1,7 @@
 """A bad call raises what torch.nn raises, names the offending values, and changes no buffer.
 
-Each case makes the same bad call to torch and to ours. Where torch accepts it, or has no such
-argument, `kind` says what ours raises.
+Each case makes the same bad call to torch, on the CPU, and to ours. Where torch accepts it, or has
+no such argument, `kind` says what ours raises.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS
 
-META = torch.device("meta")
+CPU, META = torch.device("cpu"), torch.device("meta")
 
 
 @dataclass
@@ -44,22 +44,32 @@ def bits(tensor: Tensor | None) -> Any:
     return tensor.contiguous().view(-1).view(torch.uint8).tolist()
 
 
-def check_error(error: Exception | None, theirs: Exception | None, bad: Bad) -> None:
+def to(device: torch.device, value: Any) -> Any:
+    """The value there, a copy; what is on no device stays so."""
+    if not isinstance(value, Tensor) or value.device == META:
+        return value
+    return value.detach().clone().to(device).requires_grad_(value.requires_grad)
+
+
+def check_error(
+    error: Exception | None, theirs: Exception | None, bad: Bad, device: torch.device
+) -> None:
     assert error is not None, f"accepted; torch: {theirs!r}"
     for kind in {bad.kind, type(theirs or error)}:
         assert isinstance(error, kind), f"{error!r} is no {kind.__name__}; torch: {theirs!r}"
     for part in bad.says:
+        part = device.type if part == "cpu" else part
         assert part in str(error), f"{part!r} is not in {error}"
 
 
 # ---- functional.batch_norm -----------------------------------------------------------------------
-def batch_norm_arguments(device: torch.device) -> dict[str, Any]:
+def batch_norm_arguments() -> dict[str, Any]:
     return {
-        "input": torch.randn(4, 3, 5, device=device),
-        "running_mean": torch.tensor([0.1, 0.2, 0.3], device=device),
-        "running_var": torch.tensor([1.0, 2.0, 3.0], device=device),
-        "weight": torch.ones(3, device=device),
-        "bias": torch.zeros(3, device=device),
+        "input": torch.randn(4, 3, 5),
+        "running_mean": torch.tensor([0.1, 0.2, 0.3]),
+        "running_var": torch.tensor([1.0, 2.0, 3.0]),
+        "weight": torch.ones(3),
+        "bias": torch.zeros(3),
         "training": True,
         "momentum": 0.1,
         "eps": 1e-5,
@@ -181,18 +191,15 @@ def test_batch_norm(backend, name, counted):
     bad = BATCH_NORM[name]
     if counted and bad.arguments.get("momentum", 0.1) is None:
         pytest.skip("None is allowed where the batches are counted")
-    moved = {
-        key: value.to(backend) if isinstance(value, Tensor) and value.device != META else value
-        for key, value in (bad.arguments | bad.ours_only).items()
-    }
-    arguments = batch_norm_arguments(backend) | moved
-    theirs = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    theirs = {k: v for k, v in theirs.items() if k not in bad.ours_only}
-    want = None if bad.ours_only else raised_by(lambda: F.batch_norm(**theirs))
+    given = batch_norm_arguments() | bad.arguments
+    want = None
+    if not bad.ours_only:
+        want = raised_by(lambda: F.batch_norm(**{k: to(CPU, v) for k, v in given.items()}))
+    arguments = {k: to(backend, v) for k, v in (given | bad.ours_only).items()}
     count = torch.tensor(7, device=backend) if counted else None
     before = {name: bits(arguments[name]) for name in ("running_mean", "running_var")}
     error = raised_by(lambda: FF.batch_norm(**arguments, num_batches_tracked=count))
-    check_error(error, want, bad)
+    check_error(error, want, bad, backend)
     assert before == {name: bits(arguments[name]) for name in before}
     assert count is None or count.item() == 7
 
@@ -221,16 +228,15 @@ def tensors_of(module: nn.Module) -> dict[str, Any]:
 @pytest.mark.parametrize("name", MODULES)
 def test_modules(backend, name, training):
     kind, x = MODULES[name]
-    x = x if x.device == META else x.to(backend)
-    want = raised_by(lambda: getattr(nn, kind)(3, device=backend).train(training)(x))
+    want = raised_by(lambda: getattr(nn, kind)(3).train(training)(x))
     if want is None:
         pytest.skip("not wrong in evaluation")
     ours = getattr(fastnorm, kind)(3, device=backend).train(training)
     before = tensors_of(ours)
-    error = raised_by(lambda: ours(x))
+    error = raised_by(lambda: ours(to(backend, x)))
     if isinstance(want, ValueError):
         assert str(error) == str(want)
-    check_error(error, want, Bad({}, type(want), ()))
+    check_error(error, want, Bad({}, type(want), ()), backend)
     assert tensors_of(ours) == before
 
 
@@ -279,15 +285,15 @@ def test_unknown_constructor_argument(name):
 
 
 # ---- linear --------------------------------------------------------------------------------------
-def linear_arguments(device: torch.device) -> dict[str, Any]:
+def linear_arguments() -> dict[str, Any]:
     return {
-        "input": torch.randn(6, 4, device=device),
-        "weight": torch.randn(3, 4, device=device),
-        "bias": torch.randn(3, device=device),
-        "running_mean": torch.tensor([0.1, 0.2, 0.3], device=device),
-        "running_var": torch.tensor([1.0, 2.0, 3.0], device=device),
-        "norm_weight": torch.ones(3, device=device),
-        "norm_bias": torch.zeros(3, device=device),
+        "input": torch.randn(6, 4),
+        "weight": torch.randn(3, 4),
+        "bias": torch.randn(3),
+        "running_mean": torch.tensor([0.1, 0.2, 0.3]),
+        "running_var": torch.tensor([1.0, 2.0, 3.0]),
+        "norm_weight": torch.ones(3),
+        "norm_bias": torch.zeros(3),
         "training": True,
         "momentum": 0.1,
         "eps": 1e-5,
@@ -363,23 +369,24 @@ CONV = {
 
 
 def check_composition(
-    bad: Bad, arguments: dict[str, Any], theirs: Callable[..., Tensor], ours: Callable[..., Tensor]
+    bad: Bad,
+    given: dict[str, Any],
+    theirs: Callable[..., Tensor],
+    ours: Callable[..., Tensor],
+    device: torch.device,
 ) -> None:
-    device = arguments["input"].device
-    moved = {
-        key: value.to(device) if isinstance(value, Tensor) and value.device != META else value
-        for key, value in bad.arguments.items()
-    }
-    arguments = arguments | moved
-    copies = {k: v.clone() if isinstance(v, Tensor) else v for k, v in arguments.items()}
-    want = None if bad.ours_only else raised_by(lambda: theirs(**copies))
-    if isinstance(want, IndexError) or (want and not isinstance(want, bad.kind)):
+    given = given | bad.arguments
+    want = None
+    if not bad.ours_only:
+        want = raised_by(lambda: theirs(**{k: to(CPU, v) for k, v in given.items()}))
+    if not isinstance(want, bad.kind):
         want = None  # torch's two functions complain of one another's sizes
+    arguments = {k: to(device, v) for k, v in given.items()}
     buffers = ("running_mean", "running_var")
     before = {name: bits(arguments[name]) for name in buffers}
     count = None if arguments["momentum"] is None else torch.tensor(7, device=device)
     error = raised_by(lambda: ours(**arguments, **bad.ours_only, num_batches_tracked=count))
-    check_error(error, want, bad)
+    check_error(error, want, bad, device)
     assert before == {name: bits(arguments[name]) for name in buffers}
     assert count is None or count.item() == 7
 
@@ -388,19 +395,22 @@ def check_composition(
 def test_linear_batch_norm(backend, name):
     check_composition(
         LINEAR[name],
-        linear_arguments(backend),
+        linear_arguments(),
         torchs_composition(F.linear),
         FF.linear_batch_norm,
+        backend,
     )
 
 
 @pytest.mark.parametrize("name", CONV)
 def test_conv_batch_norm(backend, name):
-    arguments = linear_arguments(backend) | {
-        "input": torch.randn(6, 4, 5, 5, device=backend),
-        "weight": torch.randn(3, 4, 1, 1, device=backend),
+    arguments = linear_arguments() | {
+        "input": torch.randn(6, 4, 5, 5),
+        "weight": torch.randn(3, 4, 1, 1),
     }
-    check_composition(CONV[name], arguments, torchs_composition(F.conv2d), FF.conv_batch_norm)
+    check_composition(
+        CONV[name], arguments, torchs_composition(F.conv2d), FF.conv_batch_norm, backend
+    )
 
 
 COMPOUND = {
@@ -422,20 +432,19 @@ COMPOUND = {
 @pytest.mark.parametrize("name", COMPOUND)
 def test_compound_modules(backend, name):
     kind, x = COMPOUND[name]
-    x = x if x.device == META else x.to(backend)
     if kind == "linear":
         ours = fastnorm.LinearBatchNorm(4, 3, device=backend)
-        theirs = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU()).to(backend)
+        theirs = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3), nn.ReLU())
     else:
         ours = fastnorm.Conv2dBatchNorm(4, 3, 3, device=backend)
-        theirs = nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.ReLU()).to(backend)
+        theirs = nn.Sequential(nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3), nn.ReLU())
     want = raised_by(lambda: theirs(x))
     assert want is not None
     kind = type(want)
     if name in ("conv, two axes", "conv, five axes"):
         kind = Exception  # torch's convolution complains before its batch norm can
     before = tensors_of(ours)
-    error = raised_by(lambda: ours(x))
+    error = raised_by(lambda: ours(to(backend, x)))
     assert isinstance(error, kind), f"{error!r}; torch: {want!r}"
     assert isinstance(error, RuntimeError | ValueError)
     assert tensors_of(ours) == before

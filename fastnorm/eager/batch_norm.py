@@ -4,61 +4,48 @@
     g = dy ∘ act′(y)     dβ = Σ g     dγ = Σ g (x − μ) rstd     dr = g
     dx = γ rstd (g − dβ/n − (x − μ) rstd dγ/n)    in training, n values a channel; else γ rstd g
 
-Where torch loses time on a CPU, and what is done about it:
+Where torch loses time on a CPU, and what is done about it (ratios: torch's time over ours, float32,
+measured by bench/bench_eager_batch_norm.py, which also has the ways that were not taken):
 
-* NCHW, float32, training: torch adds the moments up one element after the other. Here the mean is
-  subtracted into the output, the vectorized reduction of torch's backward kernel gives Σ and Σ² of
-  that, and the output is normalized in place. This is the accurate order too: a large mean is gone
-  before anything is squared.
-* From 32 MB on, malloc maps every tensor anew, and the page faults of an output cost more than its
-  arithmetic. Outputs are allocated here, on huge pages where Linux grants them on request, and
-  torch's kernels write into them. The backward kernel cannot; two elementwise passes over such a
-  tensor replace its second half.
+* NCHW, training: torch adds up the moments one element after the other. Here the mean is subtracted
+  into the output, the vectorized reduction of torch's backward kernel gives Σ and Σ² of that, and
+  the output is normalized in place: 2.8 for (8, 64, 56, 56), 2.0 for (16, 2048, 7, 7). It is the
+  accurate order too: a large mean is gone before anything is squared.
+* From 32 MB on, the page faults of a new tensor cost more than its arithmetic: outputs are
+  allocated on huge pages and torch's kernels write into them: 4.7 for (32, 64, 112, 112) in
+  evaluation. The backward kernel cannot; two elementwise passes over such a tensor replace its
+  second half: 2.3, but 0.8 where Linux gives huge pages to torch as well.
+* Strided input is copied first: 3 for (64, 128, 100) stored as (N, L, C).
 * Residual and activation go in place over the output, which nobody else holds yet.
 
 Everything else, and all of it under torch.compile, torch.func, forward-mode AD and tracing, is
-`torch.batch_norm` and plain operators. bench/bench_eager_batch_norm.py measures the alternatives.
+`torch.batch_norm` and plain operators.
 """
 
-import ctypes
-import functools
-import math
-import mmap
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
+from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
-
-aten = torch.ops.aten
-_native = aten.native_batch_norm.out
-_native_backward = aten.native_batch_norm_backward.default
+from fastnorm.eager.native import STEPS, aten
 
 SMALL = 1 << 17
 """Elements a thread below which several fast operators cost more than one slow one."""
 SHORT_PLANE = 32
 """Positions of a channel in a sample below which a reduction over planes is no longer fast."""
-HUGE = 1 << 25
-"""Bytes from which glibc returns freed memory to the system: its largest mmap threshold."""
 
-_STATISTICS = {
-    torch.float64: torch.float64,
-    torch.float32: torch.float32,
-    torch.float16: torch.float32,
-    torch.bfloat16: torch.float32,
-}
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""The statistics' dtype, where it is not the input's."""
 
-# Activations whose derivative is a step function of the output, so that differentiating twice needs
-# no more than it: name -> (act in place, act backward of (dy, y, *arguments), arguments).
-_STEPS: dict[str, tuple[Callable[[Tensor], Tensor], Any, tuple[Any, ...]]] = {
-    "relu": (torch.relu_, aten.threshold_backward, (0,)),
-    "relu6": (lambda y: aten.hardtanh_(y, 0.0, 6.0), aten.hardtanh_backward, (0.0, 6.0)),
-    "leaky_relu": (lambda y: aten.leaky_relu_(y, 0.01), aten.leaky_relu_backward, (0.01, True)),
-}
+# Activations that give the same, and the same gradient, before and after z is rounded to 16 bits.
+_ROUNDED = ("identity", "relu")
+
+# running_mean, running_var, training, momentum and eps
+_Statistics: TypeAlias = tuple[Tensor | None, Tensor | None, bool, float, float]
 
 
 def batch_norm(
@@ -74,90 +61,109 @@ def batch_norm(
     activation: str,
     num_batches_tracked: Tensor | None,
 ) -> Tensor:
-    """`act(batch_norm(input) + residual)`, of arguments that `functional.batch_norm` has checked."""
+    """`act(batch_norm(input) + residual)` of arguments that `functional.batch_norm` has checked."""
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None and running_mean is not None:
             dtype = torch.promote_types(running_mean.dtype, torch.float32)
             momentum = num_batches_tracked.to(dtype).reciprocal()
     if momentum is None:
-        momentum = 0.0  # no buffers to move
-    dtype = _STATISTICS[input.dtype]
+        momentum = 0.0  # there is no buffer to move
+    dtype = _WIDER.get(input.dtype, input.dtype)
     if (
-        not isinstance(momentum, Tensor)
-        # Given a float32 parameter, torch keeps the statistics of a 16-bit input in float32 too.
-        and (dtype is input.dtype if weight is None else weight.dtype is dtype)
-        and (bias is None or bias.dtype is dtype)
-        and (running_mean is None or running_mean.dtype is dtype)
-        and (running_var is None or running_var.dtype is dtype)
+        isinstance(momentum, Tensor)
+        or (dtype is not input.dtype and _rounds_between(input, residual, activation))
+        # A 16-bit input without a float32 parameter would get statistics in 16 bits.
+        or (input if weight is None else weight).dtype is not dtype
+        # torch's own operator reads parameters and buffers with strides as if they had none.
+        or (weight is not None and not weight.is_contiguous())
+        or (bias is not None and not _serves(bias, dtype))
+        or (running_mean is not None and not _serves(running_mean, dtype))
+        or (running_var is not None and not _serves(running_var, dtype))
     ):
-        return _batch_norm(
+        return _converted(
             input, running_mean, running_var, weight, bias,
             training, momentum, eps, residual, activation,
         )  # fmt: skip
+    cpu = input.is_cpu
+    dense = own = False
+    plain = not cpu or torch.compiler.is_compiling() or input.numel() < SMALL
+    if not plain:
+        dense = input.is_contiguous(memory_format=native.memory_format(input))
+        own = native.is_huge(input) or (training and _has_planes(input, eps))
+        nothing_to_gain = dense and not own and residual is None and activation == "identity"
+        plain = nothing_to_gain or _observed(input)
+    if plain or (residual is not None and residual.dtype is not input.dtype):
+        z = torch.batch_norm(
+            input, weight, bias, running_mean, running_var, training, momentum, eps,
+            cpu or torch.backends.cudnn.enabled,
+        )  # fmt: skip
+        return ACTIVATIONS[activation](z if residual is None else z + residual)
 
-    if weight is None:
-        weight = torch.ones(input.shape[1], dtype=dtype, device=input.device)
-    weight, bias = weight.to(dtype), _cast(bias, dtype)
-    mean, var = _cast(running_mean, dtype), _cast(running_var, dtype)
-    if not training or running_mean is None or running_var is None or input.numel() == 0:
-        return _batch_norm(input, mean, var, weight, bias, training, 0, eps, residual, activation)
-    # A momentum of one leaves the batch's own statistics behind.
-    mean, var = (torch.zeros_like(running_mean, dtype=dtype) for _ in range(2))
-    y = _batch_norm(input, mean, var, weight, bias, training, 1, eps, residual, activation)
-    _move(running_mean, mean, momentum)
-    _move(running_var, var, momentum)
-    return y
+    statistics = (running_mean, running_var, training, momentum, eps)
+    if not dense:  # a copy costs less than torch's loops over strides
+        input = input.contiguous(memory_format=suggest_memory_format(input))
+        own = native.is_huge(input) or (training and _has_planes(input, eps))
+    inner = activation if activation in STEPS else "identity"
+    if not own:
+        z = _finish(torch.batch_norm(input, weight, bias, *statistics, False), residual, inner)
+    elif torch.is_grad_enabled():
+        z = BatchNormFunction.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, residual, inner, statistics
+        )
+    else:
+        z = _finish(_normalize(input, weight, bias, statistics)[0], residual, inner)
+    return z if inner == activation else ACTIVATIONS[activation](z)
 
 
-def _cast(tensor: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if tensor is None else tensor.to(dtype)
+def _serves(tensor: Tensor, dtype: torch.dtype) -> bool:
+    return tensor.dtype is dtype and tensor.is_contiguous()
 
 
-def _move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    """`running += momentum (batch − running)`, rounded once, to the buffer's dtype."""
-    dtype = torch.promote_types(running.dtype, batch.dtype)
-    share = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
-    running.copy_(torch.lerp(running.to(dtype), batch.to(dtype), share))
-
-
-def _batch_norm(
+def _converted(
     input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     training: bool,
-    momentum: float,
+    momentum: float | Tensor,
     eps: float,
     residual: Tensor | None,
     activation: str,
 ) -> Tensor:
-    """The same for parameters and buffers of the statistics' dtype: choose the way."""
-    cpu = input.is_cpu
-    statistics = (running_mean, running_var, training, momentum, eps)
-    if (
-        not cpu
-        or torch.compiler.is_compiling()
-        or input.numel() < SMALL
-        or (residual is not None and residual.dtype is not input.dtype)
-        or _observed(input)
-    ):
-        cudnn = cpu or torch.backends.cudnn.enabled
-        z = torch.batch_norm(input, weight, bias, *statistics, cudnn)
-        return ACTIVATIONS[activation](z if residual is None else z + residual)
+    """`batch_norm` of tensors cast as need be, with a momentum that may be a tensor."""
+    dtype = _WIDER.get(input.dtype, input.dtype)
+    y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
+    if _rounds_between(input, residual, activation):
+        input = input.to(dtype)
+    if weight is None:
+        weight = torch.ones(input.shape[1], dtype=dtype, device=input.device)
+    weight = weight.to(dtype).contiguous()
+    bias = None if bias is None else bias.to(dtype).contiguous()
+    if running_mean is None or running_var is None:
+        mean = var = None
+    elif not training:
+        mean, var = (t.to(dtype).contiguous() for t in (running_mean, running_var))
+    else:  # a momentum of one leaves the batch's own statistics in these
+        mean, var = torch.zeros(2, running_mean.numel(), dtype=dtype, device=input.device)
+    y = batch_norm(input, mean, var, weight, bias, training, 1.0, eps, residual, activation, None)
+    if training and input.numel() > 0:
+        for running, batch in ((running_mean, mean), (running_var, var)):
+            if running is not None and batch is not None:
+                dtype = torch.promote_types(running.dtype, batch.dtype)
+                share = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
+                running.copy_(torch.lerp(running.to(dtype), batch.to(dtype), share))
+    return y.to(y_dtype)
 
-    if not input.is_contiguous(memory_format=_memory_format(input)):
-        # Strided: one copy costs less than torch's loops over strides.
-        input = input.contiguous(memory_format=suggest_memory_format(input))
-    inner = activation if activation in _STEPS else "identity"
-    if input.nbytes < HUGE and not (training and _has_planes(input, eps)):
-        z = _finish(torch.batch_norm(input, weight, bias, *statistics, False), residual, inner)
-    elif torch.is_grad_enabled():
-        z = BatchNormFunction.apply(input, weight, bias, residual, *statistics, inner)
-    else:
-        z = _finish(_normalize(input, weight, bias, *statistics)[0], residual, inner)
-    return z if inner == activation else ACTIVATIONS[activation](z)
+
+def _rounds_between(input: Tensor, residual: Tensor | None, activation: str) -> bool:
+    """Whether a 16-bit input is cast first, lest z is rounded before the residual and the end.
+
+    Large ones are rounded between the operators as torch.nn's are: casts take three times as long.
+    """
+    cheap = torch.compiler.is_compiling() or input.numel() < SMALL
+    return cheap and (residual is not None or activation not in _ROUNDED)
 
 
 def _observed(input: Tensor) -> bool:
@@ -171,21 +177,14 @@ def _observed(input: Tensor) -> bool:
     )
 
 
-def _memory_format(input: Tensor) -> torch.memory_format:
-    """The format that a dense input of torch's layouts has."""
-    if input.dim() < 4 or input.is_contiguous():
-        return torch.contiguous_format
-    return torch.channels_last if input.dim() == 4 else torch.channels_last_3d
-
-
 def _has_planes(input: Tensor, eps: float) -> bool:
     """Whether the channels of a sample are long runs of memory, and there is enough to gain.
 
-    Not in 16 bits, where the centred values would be rounded before they are reduced. The square
-    of a tiny float32 is lost where torch's double keeps it; an ordinary eps makes that irrelevant.
+    Not in 16 bits, where centred values would be rounded before they are reduced. The square of a
+    tiny float32 is lost where torch's double keeps it: below any ordinary eps.
     """
     return (
-        input.dtype is _STATISTICS[input.dtype]
+        input.dtype not in _WIDER
         and input.is_contiguous()
         and input.numel() >= SHORT_PLANE * input.shape[0] * input.shape[1]
         and input.numel() >= SMALL * torch.get_num_threads()
@@ -197,104 +196,28 @@ def _finish(z: Tensor, residual: Tensor | None, activation: str) -> Tensor:
     """Add and activate in place."""
     if residual is not None:
         z = z.add_(residual)
-    return _STEPS[activation][0](z) if activation in _STEPS else z
-
-
-def _empty_like(input: Tensor) -> Tensor:
-    """An uninitialized tensor, on huge pages if it is large."""
-    output = torch.empty_like(input)
-    if output.nbytes >= HUGE and (madvise := _madvise()) is not None:
-        start, end = output.data_ptr(), output.data_ptr() + output.nbytes
-        start += -start % mmap.PAGESIZE
-        madvise(start, (end - start) // mmap.PAGESIZE * mmap.PAGESIZE, mmap.MADV_HUGEPAGE)
-    return output
-
-
-@functools.cache
-def _madvise() -> Any:
-    """Linux's madvise(2); as used here, a hint that cannot change what memory holds."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
-    madvise = ctypes.CDLL(None).madvise
-    madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return madvise
+    return STEPS[activation][0](z) if activation in STEPS else z
 
 
 def _normalize(
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: float,
-    eps: float,
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: _Statistics
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mean and rstd of a dense input; moves the buffers in training."""
-    output = _empty_like(input)
-    moments = _center(input, output) if training and _has_planes(input, eps) else None
-    if moments is not None:
-        mean, offset, var = moments
+    running_mean, running_var, training, momentum, eps = statistics
+    output = native.empty_like(input)
+    if training and _has_planes(input, eps) and (found := native.moments(input, output)):
+        centered, offset, mean, var = found
         n = input.numel() // input.shape[1]
         if running_mean is not None and running_var is not None:
             running_mean.lerp_(mean, momentum)
             running_var.lerp_(var * (n / (n - 1)), momentum)
-        _scale_shift(output, offset, var, weight, bias, eps, output)
+        native.scale_shift(centered, offset, var, weight, bias, eps, output)
         return output, mean, (var + eps).rsqrt_()
+    mean, rstd = (torch.empty(0, dtype=_WIDER.get(input.dtype, input.dtype)) for _ in range(2))
+    torch.native_batch_norm(input, weight, bias, *statistics, out=(output, mean, rstd))
     if not training and running_mean is not None and running_var is not None:
-        _scale_shift(input, running_mean, running_var, weight, bias, eps, output)
-        return output, running_mean.clone(), (running_var + eps).rsqrt_()
-    mean, rstd = (torch.empty(0, dtype=_STATISTICS[input.dtype]) for _ in range(2))
-    _native(
-        input, weight, bias, running_mean, running_var, training, momentum, eps,
-        out=output, save_mean=mean, save_invstd=rstd,
-    )  # fmt: skip
+        mean, rstd = running_mean.clone(), (running_var + eps).rsqrt_()
     return output, mean, rstd
-
-
-def _center(input: Tensor, output: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Write input − m to output, m its mean as rounded: return the mean, mean − m, the variance.
-
-    None if they are not finite: float32 overflowed, or the input has an inf or NaN. The double
-    precision sums of torch's forward tell which.
-    """
-    N, C = input.shape[:2]
-    x, centered = input.view(N, C, -1), output.view(N, C, -1)
-    n = N * x.shape[2]
-    mean = x.mean((0, 2))
-    torch.sub(x, mean[:, None], out=centered)
-    zero, one = torch.zeros_like(mean), torch.ones_like(mean)
-    _, square, offset = _native_backward(
-        centered, centered, None, None, None, zero, one, True, 0.0, [False, True, True]
-    )
-    offset /= n
-    var = torch.addcmul(square / n, offset, offset, value=-1).clamp_min_(0)
-    return (mean.add_(offset), offset, var) if math.isfinite(var.sum().item()) else None
-
-
-def _scale_shift(
-    input: Tensor,
-    mean: Tensor,
-    var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    output: Tensor,
-) -> None:
-    """Write `weight (input − mean) / √(var + eps) + bias` to output, which may be the input."""
-    unused = torch.empty(0, dtype=mean.dtype)
-    _native(
-        input, weight, bias, mean, var, False, 0.0, eps,
-        out=output, save_mean=unused, save_invstd=unused,
-    )  # fmt: skip
-
-
-def _reduce(g: Tensor, input: Tensor, mean: Tensor, rstd: Tensor) -> tuple[Tensor, Tensor]:
-    """`Σ g (input − mean) rstd` and `Σ g`: the first half of torch's backward kernel, one pass."""
-    _, dw, db = _native_backward(
-        g, input, rstd, None, None, mean, rstd, True, 0.0, [False, True, True]
-    )
-    return dw, db
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -307,18 +230,75 @@ class BatchNormFunction(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         residual: Tensor | None,
-        running_mean: Tensor | None,
-        running_var: Tensor | None,
-        training: bool,
-        momentum: float,
-        eps: float,
         activation: str,
+        statistics: _Statistics,
     ) -> Tensor:
-        output, mean, rstd = _normalize(
-            input, weight, bias, running_mean, running_var, training, momentum, eps
-        )
+        output, mean, rstd = _normalize(input, weight, bias, statistics)
         _finish(output, residual, activation)
         activated = None if activation == "identity" else output
         ctx.save_for_backward(input, weight, activated, mean, rstd)
-        ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        _, _, ctx.training, _, ctx.eps = statistics
+        ctx.activation = activation
         return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        return *gradients(ctx, dy), None, None  # activation, statistics
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dx, dγ, dβ and dr."""
+    input, weight, activated, mean, rstd = ctx.saved_tensors
+    for_input, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
+    g = dy.contiguous(memory_format=native.memory_format(input))
+    if activated is not None:
+        _, act_backward, arguments = STEPS[ctx.activation]
+        out = native.empty_like(input) if g is dy else g
+        g = act_backward.grad_input(g, activated, *arguments, grad_input=out)
+    dr = g if for_residual else None
+    if ctx.training and (not native.is_huge(input) or rstd.dtype is not input.dtype):
+        # 16 bits always: two passes would round what lies between them.
+        wanted = ctx.needs_input_grad[:3]
+        return *aten.native_batch_norm_backward.default(
+            g, input, weight, None, None, mean, rstd, True, ctx.eps, wanted
+        ), dr
+
+    dx = dw = db = None
+    if ctx.training or for_weight or for_bias:
+        dw, db = native.reduce(g, input, mean, rstd)
+    if for_input:
+        dx = native.empty_like(input) if g is dy or for_residual else g
+        zero, one = torch.zeros_like(mean), torch.ones_like(mean)
+        scale = rstd if weight is None else rstd * weight
+        slope = shift = None
+        if ctx.training:
+            n = input.numel() // input.shape[1]
+            slope = dw * rstd * scale / -n
+            shift = torch.addcmul(db * scale / -n, slope, mean, value=-1)
+        native.scale_shift(g, zero, one, scale, shift, 0.0, dx)
+        if slope is not None:
+            dx.addcmul_(input, native.per_channel(slope, input))
+    return dx, dw if for_weight else None, db if for_bias else None, dr
+
+
+def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The same by differentiable operators: normalize again, and differentiate that."""
+    input, weight, activated, mean, rstd = ctx.saved_tensors
+    for_input, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
+    g = dy
+    if activated is not None:
+        _, act_backward, arguments = STEPS[ctx.activation]
+        g = act_backward.default(dy, activated.detach(), *arguments)
+    if ctx.training:
+        z = torch.batch_norm(input, weight, None, None, None, True, 0.0, ctx.eps, False)
+    else:
+        scale = native.per_channel(rstd if weight is None else rstd * weight, input)
+        z = ((input - native.per_channel(mean, input)) * scale).to(input.dtype)
+    dx, dw = (
+        torch.autograd.grad(z, source, g, create_graph=True)[0] if wanted else None
+        for source, wanted in ((input, for_input), (weight, for_weight))
+    )
+    db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None
+    return dx, dw, db, g if for_residual else None
