@@ -342,6 +342,21 @@ def test_long_sums_of_equal_numbers(planes, monkeypatch):
         torch.testing.assert_close(var.double(), x.double().var((0, 2, 3)), rtol=4 * step, atol=0)
 
 
+def test_variance_of_constants_is_not_negative(planes):
+    """Rounded, Σ² less the square of Σ can be below zero; with a small eps its root would be NaN."""
+    x = torch.linspace(1e3, 2e3, 500).view(1, -1, 1).expand(3, 500, 37).contiguous()
+    y = ours(x, None, None, None, None, True, 0.1, 1e-20, None, "identity")
+    assert y.isfinite().all()
+
+
+def test_empty_batch_leaves_mixed_buffers():
+    mean, var = torch.full((3,), 7.0).double(), torch.full((3,), 8.0).double()
+    y = ours(torch.empty(0, 3, 4), mean, var, None, None, True, 0.1, 1e-5, None, "relu")
+    assert y.shape == (0, 3, 4)
+    assert (mean == 7).all()
+    assert (var == 8).all()
+
+
 def test_pieces_of_a_plane():
     """As few as possible, equal, none longer than 512 nor shorter than 32; or all of it."""
     assert [native._pieces(size, 512) for size in (1, 49, 512, 784, 56 * 56, 111 * 111, 997)] == [
