@@ -1,7 +1,7 @@
 """Without a GPU every kernel runs in Triton's interpreter, chosen before triton is imported.
 
-There each launch is also judged by the checker (checker.py). With a GPU the same tests run compiled:
-they take the `backend` fixture, which says where tensors live.
+There each launch is also judged by the checker (checker.py). With a GPU the same tests run
+compiled: they take the `backend` fixture, which says where tensors live.
 """
 
 import os
