@@ -13,6 +13,8 @@ import torch
 import fastnorm
 
 HAS_GPU = torch.cuda.is_available()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # a worker a core: more threads would wait for each other
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter

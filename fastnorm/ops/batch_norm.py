@@ -123,7 +123,9 @@ def batch_norm(
             input, running_mean, running_var, weight, bias,
             training, momentum, eps, residual, activation, num_batches_tracked,
         )  # fmt: skip
-    if momentum is None and num_batches_tracked is not None:
+    if not training:
+        momentum, num_batches_tracked = 0.0, None  # nothing moves
+    elif momentum is None and num_batches_tracked is not None:
         # The cumulative average: counted before the launch, in which every channel reads the count.
         momentum = num_batches_tracked.add_(1).double().reciprocal()
         num_batches_tracked = None
