@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch._dynamo
 
 import fastnorm
 
@@ -21,6 +22,9 @@ if not HAS_GPU:
     from checker import checked
 
     interpreter.mend()
+    # Dynamo lists torch's functions at first use; the checker, while on, has some replaced by its
+    # own, and the list would lack the true ones.
+    torch._dynamo.trace_rules.get_torch_obj_rule_map()
 
 
 @pytest.fixture(autouse=True)
