@@ -88,7 +88,7 @@ def compare(
 
     for call in contestants.values():  # compiles, fills the caches and the allocator
         sample(call, inputs, 2 * len(inputs))
-    once = min(sample(candidates[baseline], inputs, len(inputs)) for _ in range(3)) / len(inputs)
+    once = min(sample(candidates[baseline], inputs, len(inputs)) for _ in range(3))
     calls = max(len(inputs), math.ceil(min_sample / max(once, 1e-9)))
 
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -96,7 +96,7 @@ def compare(
         start = turn // 2 % len(names)
         order = names[start:] + names[:start]
         for name in order if turn % 2 == 0 else reversed(order):
-            seconds[name].append(sample(contestants[name], inputs, calls) / calls)
+            seconds[name].append(sample(contestants[name], inputs, calls))
 
     reference = seconds[baseline]
     timings = {
@@ -111,16 +111,26 @@ def compare(
     return Comparison(timings, seconds, calls, torch.get_num_threads(), device_name(device))
 
 
+LONG = 50e-6
+"""Seconds from which a call is timed by itself."""
+
+
 def _sample_cpu(call: Callable[..., object], inputs: Sequence[Sequence[Any]], calls: int) -> float:
-    """Seconds that `calls` calls take."""
-    start = time.perf_counter()
+    """Seconds a call: the best of `calls` long ones, the mean of short ones.
+
+    Whoever else uses the machine slows some calls down; the best of many is what a call takes.
+    """
+    clock = time.perf_counter
+    start, best = clock(), math.inf
     for index in range(calls):
+        before = clock()
         call(*inputs[index % len(inputs)])
-    return time.perf_counter() - start
+        best = min(best, clock() - before)
+    return best if best > LONG else (clock() - start) / calls
 
 
 def _sample_cuda(call: Callable[..., object], inputs: Sequence[Sequence[Any]], calls: int) -> float:
-    """Seconds that `calls` calls take on the GPU, launches included where they are the longer."""
+    """Seconds a call on the GPU, launches included where they are the longer."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
     start.record()
@@ -128,7 +138,7 @@ def _sample_cuda(call: Callable[..., object], inputs: Sequence[Sequence[Any]], c
         call(*inputs[index % len(inputs)])
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return start.elapsed_time(end) / 1e3 / calls
 
 
 def device_name(device: torch.device | str) -> str:

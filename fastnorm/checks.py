@@ -93,7 +93,7 @@ def batch_statistics(
     axes = len(shape)
     channels = shape[1] if axes > 1 else 0
     if training:
-        if axes and _per_channel(shape) == 1:
+        if axes and shape[0] <= 1 and _per_channel(shape) == 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, "
                 f"got input size torch.Size({list(shape)})"
@@ -114,11 +114,12 @@ def batch_statistics(
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{_scalar_type(input)}'")
     device = input.device
     small = (running_mean, running_var, weight, bias)
-    for position, tensor in enumerate(small):
+    for tensor in small:
         if tensor is not None and (
             tensor.numel() != channels or tensor.dtype not in FLOATS or tensor.device != device
         ):
-            name = ("running_mean", "running_var", "weight", "bias")[position]
+            names = ("running_mean", "running_var", "weight", "bias")
+            name = next(n for n, t in zip(names, small, strict=True) if t is tensor)
             if tensor.numel() != channels:
                 raise RuntimeError(
                     f"{name} should contain {channels} elements not {tensor.numel()}: "

@@ -440,15 +440,24 @@ def test_compiles_in_one_graph(way):
 def test_huge_pages_are_only_a_hint(monkeypatch):
     """The kernel accepts the range, and it is inside the tensor."""
     x = torch.empty(native.HUGE // 4 + 3)
-    madvise, replies = native._madvise(), []
-    if madvise is None:
+    libc, replies = native._libc(), []
+    if libc is None:
         pytest.skip("huge pages are not granted on request here")
 
-    def spy(start, length, advice):
-        replies.append((start, length, madvise(start, length, advice)))
+    class Spy:
+        mincore = libc.mincore
 
-    monkeypatch.setattr(native, "_madvise", lambda: spy)
-    y = native.empty_like(x)
+        def madvise(self, start, length, advice):
+            replies.append((start, length, libc.madvise(start, length, advice)))
+
+    monkeypatch.setattr(native, "_libc", Spy)
+    monkeypatch.setattr(torch, "empty_like", lambda x: x)  # in use already: left as it is
+    native.empty_like(x.fill_(1))
+    assert not replies
+    monkeypatch.undo()
+
+    monkeypatch.setattr(native, "_libc", Spy)
+    y = native.empty_like(torch.empty(8 * native.HUGE // 4 + 3))
     ((start, length, reply),) = replies
     assert reply == 0
     assert y.data_ptr() <= start
@@ -465,7 +474,7 @@ def test_huge_pages_nobody_grants(monkeypatch):
             return text
 
         monkeypatch.setattr(native.Path, "read_text", read)
-        monkeypatch.setattr(native, "_madvise", native._madvise.__wrapped__)
+        monkeypatch.setattr(native, "_libc", native._libc.__wrapped__)
         x = torch.empty(native.HUGE // 4)
         assert not native.is_huge(x)
         assert native.empty_like(x).shape == x.shape

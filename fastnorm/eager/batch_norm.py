@@ -86,9 +86,11 @@ def batch_norm(
         )  # fmt: skip
     cpu = input.is_cpu
     dense = own = False
-    plain = not cpu or torch.compiler.is_compiling() or input.numel() < SMALL
+    plain = not cpu or input.numel() < SMALL or torch.compiler.is_compiling()
     if not plain:
-        dense = input.is_contiguous(memory_format=native.memory_format(input))
+        dense = input.is_contiguous() or input.is_contiguous(
+            memory_format=native.memory_format(input)
+        )
         own = native.is_huge(input) or (training and _has_planes(input, eps))
         nothing_to_gain = dense and not own and residual is None and activation == "identity"
         plain = nothing_to_gain or _observed(input)
@@ -97,7 +99,9 @@ def batch_norm(
             input, weight, bias, running_mean, running_var, training, momentum, eps,
             cpu or torch.backends.cudnn.enabled,
         )  # fmt: skip
-        return ACTIVATIONS[activation](z if residual is None else z + residual)
+        if residual is not None:
+            z = z + residual
+        return z if activation == "identity" else ACTIVATIONS[activation](z)
 
     statistics = (running_mean, running_var, training, momentum, eps)
     if not dense:  # a copy costs less than torch's loops over strides

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import checks, functional
+from fastnorm.modules.attributes import buffer, parameter
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -34,10 +35,11 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         self,
     ) -> tuple[Tensor | None, Tensor | None, bool, float | None, Tensor | None]:
         """(running_mean, running_var, training, momentum, num_batches_tracked) of this call."""
-        mean, var, momentum = self.running_mean, self.running_var, self.momentum
+        mean, var = buffer(self, "running_mean"), buffer(self, "running_var")
+        momentum = self.momentum
         if not self.training:
             return mean, var, mean is None and var is None, momentum or 0.0, None
-        count = self.num_batches_tracked if self.track_running_stats else None
+        count = buffer(self, "num_batches_tracked") if self.track_running_stats else None
         if count is None and momentum is None:
             momentum = 0.0  # nothing counts the batches, so nothing moves: torch's rule
         if not self.track_running_stats:
@@ -47,8 +49,9 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check_rank(input)
         mean, var, training, momentum, count = self.statistics()
+        weight, bias = parameter(self, "weight"), parameter(self, "bias")
         return functional.batch_norm(
-            input, mean, var, self.weight, self.bias, training, momentum, self.eps,
+            input, mean, var, weight, bias, training, momentum, self.eps,
             residual=residual, activation=self.activation, num_batches_tracked=count,
         )  # fmt: skip
 
