@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 import triton
-from grid import CASES, LARGE, OPTION_CASES, Case
+from case import Case
+from grid import CASES, LARGE, OPTION_CASES
 from launches import TARGETS, Recorded, recording
 
 # Per multiprocessor: registers, shared memory in bytes, threads.

@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grid import CASES, LARGE, SMALL_CASES, Case
+from case import Case
+from grid import CASES, LARGE, SMALL_CASES
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 

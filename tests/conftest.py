@@ -5,11 +5,11 @@ compiled: they take the `backend` fixture, which says where tensors live.
 """
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
 import torch
-import torch._dynamo
 
 import fastnorm
 
@@ -17,8 +17,11 @@ HAS_GPU = torch.cuda.is_available()
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core: more threads would wait for each other
 if not HAS_GPU:
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise pytest.UsageError("triton was imported before the interpreter could be asked for")
     os.environ["TRITON_INTERPRET"] = "1"
     import interpreter
+    import torch._dynamo  # imports triton
     from checker import checked
 
     interpreter.mend()

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import traffic
+from families import batch_norm
 from grid import SMALL_CASES
 
 import fastnorm.functional as FF
@@ -24,10 +25,10 @@ def test_bytes_are_near_the_minimum(case):
         assert 1.0 <= count.ratio <= count.bound, count
 
 
-def test_cases_cover_one_program_and_split():
+def test_batch_norm_cases_cover_one_program_and_split():
     """Or the bounds would say nothing about one of the two."""
     plans = set()
-    for case in SMALL_CASES:
+    for case in batch_norm.small_cases():
         columns = case.layout != "contiguous" or len(case.shape) == 2
         positions = torch.Size(case.shape[2:]).numel()
         N, S = (1, case.shape[0] * positions) if columns else (case.shape[0], positions)

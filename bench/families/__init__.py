@@ -1,0 +1,1 @@
+"""The cases of each family, a file each: its `cases`, `small_cases`, `option_cases`, `sweeps`."""
