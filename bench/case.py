@@ -50,8 +50,8 @@ class Case(ABC):
         """The forward, on what `inputs` made."""
 
     @abstractmethod
-    def minimum_passes(self, whole: bool) -> tuple[int, int]:
-        """(forward, backward) passes of DESIGN §2; `whole`: an index set fits one program."""
+    def minimum_passes(self, forward_whole: bool, backward_whole: bool) -> tuple[int, int]:
+        """(forward, backward) passes; `whole`: one launch does everything to an index set."""
 
     def inputs(self, device: str, seed: int = 0) -> dict[str, Tensor]:
         """The tensors of a call by name; those that are differentiated require gradients."""

@@ -6,6 +6,7 @@ grid are recorded on meta tensors and the very same constants, dtypes and divisi
 
 import argparse
 import json
+import math
 import os
 import platform
 import re
@@ -132,14 +133,16 @@ def _narrow(launched: Recorded, widths: dict[str, list[int]]) -> dict[str, tuple
     arguments = launched.arguments
     if not any(name in arguments for name in LARGE):
         return {}
-    lanes = arguments["BLOCK_N"] * arguments["BLOCK_S"] * arguments["BLOCK_C"]
+    tile = {axis: arguments.get(f"BLOCK_{axis}", 1) for axis in "MNSC"}
+    # the innermost axis in memory: channels, positions, or the columns of rows
+    inner = "C" if arguments.get("COLUMNS") else "S" if "BLOCK_S" in arguments else "N"
     threads = 32 * launched.options["num_warps"]
     found = {}
     for name in LARGE:
         if name in widths:
             size = arguments[name].element_size()
-            row = arguments["BLOCK_C"] if arguments["COLUMNS"] else arguments["BLOCK_S"]
-            allowed = min(16, size * min(arguments["ALIGN"], max(lanes // threads, 1), row))
+            each = max(math.prod(tile.values()) // threads, 1)
+            allowed = min(16, size * min(arguments["ALIGN"], each, tile[inner]))
             if widths[name][0] < allowed:
                 found[name] = (widths[name][0], allowed)
     return found

@@ -5,13 +5,15 @@ adding its file to families/, and its name here.
 """
 
 from case import Case
-from families import batch_norm
+from families import batch_norm, layer_norm
 
-FAMILIES = (batch_norm,)
+FAMILIES = (batch_norm, layer_norm)
 
 # Names of kernel arguments that are as large as the input; the others are parameters, statistics
 # and partial sums.
-LARGE = ("dy_ptr", "x_ptr", "y_ptr", "residual_ptr", "dx_ptr", "dz_ptr")
+LARGE = (
+    "dy_ptr", "x_ptr", "y_ptr", "residual_ptr", "dx_ptr", "dz_ptr", "sum_ptr", "dsum_ptr",
+)  # fmt: skip
 
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.cases())
 OPTION_CASES: tuple[Case, ...] = tuple(

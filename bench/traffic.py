@@ -84,14 +84,19 @@ def count(case: Case) -> list[Count]:
     with fastnorm.use_backend("triton"), interpreter.trace() as launches, _Operators() as operators:
         case.forward_and_backward(tensors, between=half)
         half()
-    whole = not any("finalize" in launch.kernel for done, _ in halves for launch in done)
-    minimum = [passes * case.element_bytes for passes in case.minimum_passes(whole)]
+    whole = [_is_whole(done) for done, _ in halves]
+    minimum = [passes * case.element_bytes for passes in case.minimum_passes(*whole)]
     return [
-        _count(case, direction, done, moved, least, whole)
-        for direction, (done, moved), least in zip(
-            ("forward", "backward"), halves, minimum, strict=True
+        _count(case, direction, done, moved, least, one)
+        for direction, (done, moved), least, one in zip(
+            ("forward", "backward"), halves, minimum, whole, strict=True
         )
     ]
+
+
+def _is_whole(launches: list[Any]) -> bool:
+    """Whether one launch does everything to the large tensors."""
+    return sum(any(name in LARGE for name in launch.traffic()) for launch in launches) == 1
 
 
 def _count(

@@ -3,6 +3,7 @@
 from fastnorm import functional
 from fastnorm.backend import backend_for, use_backend
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastnorm.modules.layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fastnorm.modules.linear_batch_norm import (
     Conv1dBatchNorm,
     Conv2dBatchNorm,
@@ -16,6 +17,10 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "LayerNorm",
+    "RMSNorm",
+    "AddLayerNorm",
+    "AddRMSNorm",
     "LinearBatchNorm",
     "Conv1dBatchNorm",
     "Conv2dBatchNorm",

@@ -130,6 +130,47 @@ def batch_statistics(
         raise IndexError(f"batch_norm needs an input (N, C) or (N, C, *), but got {list(shape)}")
 
 
+def row_statistics(
+    input: Tensor,
+    shape: Sequence[int],
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
+    """What layer norm and RMS norm of a tensor of `shape` ask of their arguments."""
+    if not isinstance(normalized_shape, Sequence):
+        raise TypeError(
+            "normalized_shape must be a tuple or list of ints, "
+            f"but got {type(normalized_shape).__name__}"
+        )
+    axes = len(normalized_shape)
+    if axes == 0:
+        raise RuntimeError(
+            "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one "
+            f"element, but got normalized_shape = {list(normalized_shape)}"
+        )
+    if shape[-axes:] != (size := torch.Size(normalized_shape)):
+        wanted = ", ".join(["*", *map(str, normalized_shape)])
+        raise RuntimeError(
+            f"Given normalized_shape={list(normalized_shape)}, expected input with shape "
+            f"[{wanted}], but got input of size {list(shape)}"
+        )
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(f"\"layer_norm\" not implemented for '{_scalar_type(input)}'")
+    device = input.device
+    for tensor in (weight, bias):
+        if tensor is not None and (
+            tensor.shape != size or tensor.dtype not in FLOATS or tensor.device != device
+        ):
+            name = "weight" if tensor is weight else "bias"
+            if tensor.shape != size:
+                raise RuntimeError(
+                    f"Expected {name} to be of same shape as normalized_shape, but got {name} of "
+                    f"shape {list(tensor.shape)} and normalized_shape = {list(normalized_shape)}"
+                )
+            _refuse(name, tensor, input)
+
+
 def _per_channel(shape: Sequence[int]) -> int:
     count = shape[0]
     for size in shape[2:]:

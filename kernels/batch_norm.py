@@ -29,7 +29,6 @@ from torch import Tensor
 
 from fastnorm.kernels.batch_norm_bwd import (
     batch_norm_bwd_apply_kernel,
-    batch_norm_bwd_finalize_kernel,
     batch_norm_bwd_kernel,
     batch_norm_bwd_reduce_kernel,
 )
@@ -50,6 +49,7 @@ from fastnorm.kernels.launch import (
     channel_plan,
     device_of,
 )
+from fastnorm.kernels.sums import sum_partials
 
 
 class _Launch(NamedTuple):
@@ -145,7 +145,7 @@ def backward(
     residual's gradient. bias is given where act′ needs z. dz (unless it is also read again) and
     dbias have the dtypes `wanted`.
     """
-    plan, sizes, tile, merge_grid, merge, dtype = _launch(x, view)
+    plan, sizes, tile, _, _, dtype = _launch(x, view)
     _, gate = ACTIVATIONS[activation]
     wants_dx, dz_dtype, wants_dw, db_dtype = wanted
     dx = torch.empty_like(x) if wants_dx else None
@@ -177,10 +177,8 @@ def backward(
     )  # fmt: skip
     if through_statistics:
         total = torch.empty(2, view.C, dtype=dtype, device=x.device)
-    if sums:
-        batch_norm_bwd_finalize_kernel[merge_grid](
-            partial, total, dw, db, view.C, plan.programs, **merge
-        )
+    if partial is not None:
+        sum_partials(partial, total, dw, db)
     if through_statistics:
         batch_norm_bwd_apply_kernel[plan.grid](
             dy if dz is None else dz, x, weight, bias, stats, total, dx, *sizes,

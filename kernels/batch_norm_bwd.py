@@ -75,30 +75,6 @@ def batch_norm_bwd_reduce_kernel(
         tl.store(partial_ptr + (P + p).to(tl.int64) * C + c, db, mask=cmask)
 
 
-# One program owns BLOCK_C channels of the sums.
-@triton.jit(do_not_specialize=SIZES)
-def batch_norm_bwd_finalize_kernel(
-    partial_ptr, sums_ptr, dw_ptr, db_ptr,  # (2, P, C), (2, C): Σ dz·x̂, Σ dz; (C,), (C,)
-    C, P,
-    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
-):  # fmt: skip
-    ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    C = C.to(tl.int64)
-    c, cmask = channels_of(tl.program_id(0), C, BLOCK_C)
-    dw = tl.zeros((BLOCK_C,), ACC)
-    db = tl.zeros((BLOCK_C,), ACC)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        at = (p.to(tl.int64) * C)[:, None] + c[None, :]
-        mask = (p < P)[:, None] & cmask[None, :]
-        dw += tl.sum(load_as(partial_ptr, at, mask, ACC), axis=0)
-        db += tl.sum(load_as(partial_ptr, P * C + at, mask, ACC), axis=0)
-    store_cast(sums_ptr, c, dw, cmask)
-    store_cast(sums_ptr, C + c, db, cmask)
-    store_cast(dw_ptr, c, dw, cmask)
-    store_cast(db_ptr, c, db, cmask)
-
-
 # One program owns the tiles of BLOCK_C channels that it reduced before.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_apply_kernel(

@@ -21,6 +21,10 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
 # Kernel arguments that change from batch to batch: Triton must not compile again where one of them
 # is 1 or a multiple of 16.
 SIZES = ("N", "C", "S", "P", "tiles", "tiles_per_program")
+ROW_SIZES = (
+    "M", "N", "P", "tiles", "tiles_per_program",
+    "stride_dy_row", "stride_x_row", "stride_residual_row", "stride_dsum_row",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -146,3 +150,82 @@ def channel_plan(
         tiles_per_program=tiles_per_program,
         channel_blocks=channel_blocks,
     )  # fmt: skip
+
+
+# Elements of a row that a program keeps in registers, where those are 4 bytes in its arithmetic.
+WIDEST_ROW = 16384
+WIDEST_ROW_BACKWARD = 8192  # x̂, wdz, dw and db at once
+LOOP_TILE = 4096  # of a longer row
+COLUMN_TILE = (4, 512)  # rows and columns of the backward's tiles of longer rows
+ROW_PARTIALS = 1024  # the most programs that share a row: a constant tile merges their statistics
+THREAD_ELEMENTS = 16  # that a thread holds; half where each takes an address of its own
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """How programs share M rows of N elements (see device/rows.py)."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    tiles: int  # that a program's share is counted in: of one row, or of rows
+    programs: int  # that share those tiles
+    tiles_per_program: int
+
+    @property
+    def whole(self) -> bool:
+        """One tile holds whole rows."""
+        return self.tiles == 1
+
+
+def _shares(tiles: int, wanted: int) -> tuple[int, int, int]:
+    """(tiles, programs, tiles_per_program) of at most `wanted` programs."""
+    tiles_per_program = cdiv(tiles, max(min(wanted, tiles), 1))
+    return tiles, cdiv(tiles, tiles_per_program), tiles_per_program
+
+
+def _row_warps(elements: int, align: int) -> int:
+    """Warps for a tile of so many 4-byte elements."""
+    each = THREAD_ELEMENTS if align >= 4 else THREAD_ELEMENTS // 2
+    return min(max(elements // (32 * each), 1), 16)
+
+
+def row_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> RowPlan:
+    """Forward: whole rows in registers, or a row's tiles shared by programs."""
+    wide = max(itemsize // 4, 1)  # float64 takes twice the registers
+    if N * wide <= WIDEST_ROW:
+        block_n = power_of_two(N)
+        block_m = max(TILE_BYTES // itemsize // block_n, 1)
+        warps = _row_warps(block_m * block_n * wide, align)
+        return RowPlan(block_m, block_n, warps, 1, 1, 1)
+    block_n = LOOP_TILE // wide
+    wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
+    if cdiv(device.multiprocessors, 2) <= M:
+        wanted = 1  # a second launch, and x from memory again, cost more than some idle processors
+    warps = _row_warps(LOOP_TILE, align)
+    return RowPlan(1, block_n, warps, *_shares(cdiv(N, block_n), wanted))
+
+
+def row_sums_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> RowPlan | None:
+    """Backward, rows too wide for registers: their sums first; None where they are not."""
+    wide = max(itemsize // 4, 1)
+    if N * wide <= WIDEST_ROW_BACKWARD:
+        return None
+    elements = LOOP_TILE // 2
+    block_n = elements // wide
+    wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
+    warps = _row_warps(elements, align)
+    return RowPlan(1, block_n, warps, *_shares(cdiv(N, block_n), wanted))
+
+
+def row_gradient_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> RowPlan:
+    """Backward: tiles of rows, shared by the programs that own all or some of their columns."""
+    wide = max(itemsize // 4, 1)
+    if N * wide <= WIDEST_ROW_BACKWARD:
+        block_n = power_of_two(N)
+        block_m = max(TILE_BYTES // 4 // block_n // wide, 1)
+    else:
+        block_m, block_n = COLUMN_TILE[0], COLUMN_TILE[1] // wide
+    warps = _row_warps(block_m * block_n * wide, align)
+    wanted = cdiv(max(16 // warps, 1) * device.multiprocessors, cdiv(N, block_n))
+    return RowPlan(block_m, block_n, warps, *_shares(cdiv(M, block_m), wanted))

@@ -3,11 +3,9 @@
 import pytest
 import torch
 import traffic
-from families import batch_norm
-from grid import SMALL_CASES
+from grid import FAMILIES, SMALL_CASES
 
 import fastnorm.functional as FF
-from fastnorm.kernels import launch
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter"),
@@ -25,18 +23,15 @@ def test_bytes_are_near_the_minimum(case):
         assert 1.0 <= count.ratio <= count.bound, count
 
 
-def test_batch_norm_cases_cover_one_program_and_split():
+def test_cases_cover_one_launch_and_several():
     """Or the bounds would say nothing about one of the two."""
-    plans = set()
-    for case in batch_norm.small_cases():
-        columns = case.layout != "contiguous" or len(case.shape) == 2
-        positions = torch.Size(case.shape[2:]).numel()
-        N, S = (1, case.shape[0] * positions) if columns else (case.shape[0], positions)
-        size = case.dtype.itemsize
-        plan = launch.channel_plan(N, case.shape[1], S, columns, size, launch.INTERPRETER)
-        plans.add((plan.whole, columns))
-        assert plan.whole == case.name.startswith("whole"), case
-    assert len(plans) == 4
+    bounds = {}
+    for case in SMALL_CASES:
+        if case.dtype is torch.bfloat16 and case.activation == "identity" and not case.residual:
+            bounds.setdefault(case.family, set()).update(c.bound for c in traffic.count(case))
+    assert set(bounds) == {family.__name__.split(".")[-1] for family in FAMILIES} | {"rms_norm"}
+    for family, found in bounds.items():
+        assert found == set(traffic.BOUNDS.values()), family
 
 
 def test_an_extra_pass_is_caught(monkeypatch):

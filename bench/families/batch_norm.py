@@ -41,11 +41,11 @@ class BatchNormCase(Case):
             activation=self.activation,
         )
 
-    def minimum_passes(self, whole: bool) -> tuple[int, int]:
-        again = 1 if self.training and not whole else 0  # x is read for the moments, then again
+    def minimum_passes(self, forward_whole: bool, backward_whole: bool) -> tuple[int, int]:
+        x_again, dy_again = not forward_whole, not backward_whole
         gated = 2 if self.residual and self.activation != "identity" else 0  # y in, dz out
         x_unread = not (self.training or self.affine or self.activation != "identity")
-        return 2 + self.residual + again, 3 + 2 * again + gated - x_unread
+        return 2 + self.residual + x_again, 3 + 2 * dy_again + gated - x_unread
 
 
 RESNET50 = {  # the outputs of the stages, batch 256

@@ -1,5 +1,6 @@
 """The PyTorch backend: CPU tensors, and whatever a kernel cannot do. Same signatures as `ops`."""
 
 from fastnorm.eager.batch_norm import batch_norm
+from fastnorm.eager.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["batch_norm"]
+__all__ = ["add_layer_norm", "add_rms_norm", "batch_norm", "layer_norm", "rms_norm"]

@@ -1,5 +1,6 @@
 """The Triton backend: one autograd function per family, same signatures as `eager`."""
 
 from fastnorm.ops.batch_norm import batch_norm
+from fastnorm.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["batch_norm"]
+__all__ = ["add_layer_norm", "add_rms_norm", "batch_norm", "layer_norm", "rms_norm"]

@@ -1,4 +1,4 @@
-"""How the kernels see a tensor: dense, as (N, C, S) with channels outermost or innermost."""
+"""How the kernels see a tensor: dense, as (N, C, S), or as rows with a contiguous last axis."""
 
 import contextlib
 
@@ -20,6 +20,12 @@ def channel_view(x: Tensor) -> tuple[Tensor, ChannelView]:
         dense = x.movedim(1, -1).contiguous().movedim(-1, 1)
         return dense, ChannelView(1, channels, batch * positions, columns=True)
     return x.contiguous(), ChannelView(batch, channels, positions, columns=False)
+
+
+def as_rows(x: Tensor, size: int) -> Tensor:
+    """`x` as (rows, size) with a contiguous last axis: a view, or the one copy that it takes."""
+    rows = x.reshape(-1, size)
+    return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
 
 def laid_out_as(t: Tensor, x: Tensor) -> Tensor:

@@ -1,0 +1,15 @@
+"""Stateless operations, one function each: check the arguments, pick a backend, call it."""
+
+from fastnorm.functional.batch_norm import batch_norm
+from fastnorm.functional.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastnorm.functional.linear_batch_norm import conv_batch_norm, linear_batch_norm
+
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "conv_batch_norm",
+    "layer_norm",
+    "linear_batch_norm",
+    "rms_norm",
+]

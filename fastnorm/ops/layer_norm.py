@@ -1,0 +1,189 @@
+"""LayerNorm, RMSNorm and their residual-add forms: views, saved tensors, casts. No arithmetic."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm import eager
+from fastnorm.kernels import layer_norm as kernels
+from fastnorm.ops.layout import as_rows, on_device_of
+
+
+class LayerNormFunction(torch.autograd.Function):
+    """(x, residual, weight, bias) are differentiable; weight and bias are 1-dimensional.
+
+    Returns y, or (y, sum) with a residual. `center` is false for RMSNorm.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        shape: tuple[int, ...],
+        eps: float,
+        activation: str,
+        center: bool,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        size = torch.Size(shape).numel()
+        with on_device_of(x):
+            y, total, stats = kernels.forward(
+                as_rows(x, size),
+                None if residual is None else as_rows(residual, size),
+                weight, bias, eps, activation, center,
+            )  # fmt: skip
+        y = y.view(x.shape)
+        total = None if total is None else total.view(x.shape)
+        ctx.save_for_backward(
+            x if total is None else total,
+            weight,
+            bias if activation != "identity" else None,
+            stats,
+        )
+        ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.shape, ctx.eps, ctx.activation = shape, eps, activation
+        ctx.set_materialize_grads(False)
+        return y if total is None else (y, total)
+
+    @staticmethod
+    def backward(
+        ctx: Any, dy: Tensor | None, dsum: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats = ctx.saved_tensors
+        x_wanted, residual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
+        dx_wanted = x_wanted or residual_wanted
+        dw = db = None
+        if dy is None:
+            dx = dsum
+        elif torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            dx, dw, db = _differentiable_backward(ctx, dy)
+            if dsum is not None and dx is not None:
+                dx = dx + dsum
+        else:
+            size = torch.Size(ctx.shape).numel()
+            with on_device_of(x):
+                dx, dw, db = kernels.backward(
+                    as_rows(dy, size), as_rows(x, size), weight, bias, stats,
+                    None if dsum is None else as_rows(dsum, size),
+                    ctx.activation,
+                    (dx_wanted, dw_wanted, ctx.bias_dtype if db_wanted else None),
+                )  # fmt: skip
+            dx = None if dx is None else dx.view(x.shape)
+        dinput, dresidual = (
+            dx.to(dtype) if wanted and dx is not None else None
+            for wanted, dtype in zip((x_wanted, residual_wanted), ctx.dtypes, strict=True)
+        )
+        return dinput, dresidual, dw, db, None, None, None, None  # shape and options
+
+
+def _differentiable_backward(
+    ctx: Any, dy: Tensor
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias in torch operators, for second derivatives."""
+    x, weight, bias, stats = ctx.saved_tensors
+    center = stats.shape[0] == 3
+    x_wanted, residual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
+    wanted = {
+        "x": (x, x_wanted or residual_wanted),
+        "weight": (weight, dw_wanted),
+        "bias": (bias, db_wanted),
+    }
+    leaves = {name: t for name, (t, needed) in wanted.items() if needed and t is not None}
+    found: dict[str, Tensor] = {}
+    if leaves:
+        scale, shift = (None if t is None else t.view(ctx.shape) for t in (weight, bias))
+        y = (
+            eager.layer_norm(x, ctx.shape, scale, shift, ctx.eps, ctx.activation)
+            if center
+            else (eager.rms_norm(x, ctx.shape, scale, ctx.eps, ctx.activation))
+        )
+        gradients = torch.autograd.grad(
+            y, list(leaves.values()), dy.to(y.dtype), create_graph=True, allow_unused=True
+        )
+        found = dict(zip(leaves, gradients, strict=True))
+    db = found.get("bias")
+    if db_wanted and bias is None:  # without an activation the backward does not need it
+        size = torch.Size(ctx.shape).numel()
+        db = dy.reshape(-1, size).sum(0, dtype=stats.dtype).to(ctx.bias_dtype)
+    return found.get("x"), found.get("weight"), db
+
+
+def _normalize(
+    input: Tensor,
+    residual: Tensor | None,
+    shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    center: bool,
+) -> Any:
+    weight, bias = (None if t is None else _vector(t) for t in (weight, bias))
+    return LayerNormFunction.apply(
+        input, residual, weight, bias, tuple(shape), eps, activation, center
+    )
+
+
+def _vector(t: Tensor) -> Tensor:
+    return (t if t.ndim == 1 else t.reshape(-1)).contiguous()
+
+
+def layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """`functional.layer_norm` on Triton kernels; arguments are already checked."""
+    y: Tensor = _normalize(input, None, normalized_shape, weight, bias, eps, activation, True)
+    return y
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """`functional.rms_norm` on Triton kernels; arguments are already checked."""
+    y: Tensor = _normalize(input, None, normalized_shape, weight, None, eps, activation, False)
+    return y
+
+
+def add_layer_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`functional.add_layer_norm` on Triton kernels; arguments are already checked."""
+    both: tuple[Tensor, Tensor] = _normalize(
+        input, residual, normalized_shape, weight, bias, eps, activation, True
+    )
+    return both
+
+
+def add_rms_norm(
+    input: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """`functional.add_rms_norm` on Triton kernels; arguments are already checked."""
+    both: tuple[Tensor, Tensor] = _normalize(
+        input, residual, normalized_shape, weight, None, eps, activation, False
+    )
+    return both

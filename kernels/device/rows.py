@@ -1,0 +1,174 @@
+"""Tiles of rows (M, N) whose last axis is contiguous: BLOCK_M rows × BLOCK_N columns.
+
+A tile holds whole rows, or a piece of one. Statistics are of a row; `CENTER` is false for RMSNorm,
+whose moments are about zero: its mean and rest are 0 and its std is the root mean square.
+"""
+
+import triton
+import triton.language as tl
+
+from fastnorm.kernels.device.moments import (
+    finite_or_zero,
+    is_finite,
+    merge_two,
+    scale_of,
+    sqrt,
+)
+from fastnorm.kernels.device.tiles import load_as, store_cast
+
+
+@triton.jit
+def wide_rows(M, N, ALIGN: tl.constexpr):
+    """(M, N) as int64; the division shows the compiler that no vector straddles a mask."""
+    return M.to(tl.int64), N.to(tl.int64) // ALIGN * ALIGN
+
+
+@triton.jit
+def wide_stride(stride, ALIGN: tl.constexpr):
+    """A row stride as int64, known to be a multiple of a vector."""
+    return stride.to(tl.int64) // ALIGN * ALIGN
+
+
+@triton.jit
+def rows_of(tile, M, BLOCK_M: tl.constexpr):
+    row = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    return row, row < M
+
+
+@triton.jit
+def columns_of(tile, N, BLOCK_N: tl.constexpr):
+    col = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    return col, col < N
+
+
+@triton.jit
+def deviations(x, mask, count, CENTER: tl.constexpr):
+    """(mean, rest, x − mean − rest) of each row: the mean of a large one in two numbers."""
+    zero = tl.zeros((x.shape[0],), x.dtype)
+    if not CENTER:
+        return zero, zero, x
+    mean = tl.sum(x, axis=1) / count
+    d = tl.where(mask, x - mean[:, None], 0.0)
+    rest = tl.sum(d, axis=1) / count
+    return mean, rest, tl.where(mask, d - rest[:, None], 0.0)
+
+
+@triton.jit
+def row_moments(x, mask, count, CENTER: tl.constexpr):
+    """(mean, rest, std) of each row of a tile that is 0 outside the mask; `count` are inside."""
+    mean, rest, d = deviations(x, mask, count, CENTER)
+    std = sqrt(tl.sum(d * d, axis=1) / count)
+    if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # a sum overflowed, or x is not finite
+        scale = scale_of(tl.max(tl.abs(x), axis=1))
+        mean, rest, d = deviations(x * (1.0 / scale)[:, None], mask, count, CENTER)
+        std = sqrt(tl.sum(d * d, axis=1) / count) * scale
+        mean *= scale
+        rest *= scale
+    return mean, rest, std
+
+
+@triton.jit
+def load_sum(x_ptr, x_at, residual_ptr, residual_at, sum_ptr, mask, ACC: tl.constexpr):
+    """x; or x + residual as the sum's dtype rounds it, which is what the backward will see."""
+    x = load_as(x_ptr, x_at, mask, ACC)
+    if residual_ptr is not None:
+        x += load_as(residual_ptr, residual_at, mask, ACC)
+        x = x.to(sum_ptr.dtype.element_ty).to(ACC)
+    return x
+
+
+@triton.jit
+def moments_of_row(
+    x_ptr, residual_ptr, sum_ptr, first, last, N, ACC: tl.constexpr,
+    CENTER: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """(count, mean, rest, std), each (1,), of tiles first … last-1 of the row at these pointers.
+
+    Stores the sum, if there is one.
+    """
+    base = tl.zeros((1,), ACC)
+    count = tl.zeros((1,), ACC)
+    mean = tl.zeros((1,), ACC)  # relative to base
+    std = tl.zeros((1,), ACC)
+    for tile in range(first, last):
+        col, inside = columns_of(tile, N, BLOCK_N)
+        at, mask = col[None, :], inside[None, :]
+        x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
+        store_cast(sum_ptr, at, x, mask)
+        count_t = tl.sum(mask.to(ACC), axis=1)
+        mean_t, rest_t, std_t = row_moments(x, mask, count_t, CENTER)
+        if tile == first:
+            base = finite_or_zero(mean_t)
+        mean_t = (mean_t - base) + rest_t
+        count, mean, std = merge_two(count, mean, std, count_t, mean_t, std_t)
+    return count, base, mean, std
+
+
+@triton.jit
+def load_row_stats(stats_ptr, row, rmask, M, CENTER: tl.constexpr):
+    """(mean, rest, rstd) that the forward saved; RMSNorm saves rstd alone."""
+    rstd = tl.load(stats_ptr + row, mask=rmask, other=0.0)
+    if not CENTER:
+        zero = tl.zeros(rstd.shape, rstd.dtype)
+        return zero, zero, rstd
+    mean = tl.load(stats_ptr + M + row, mask=rmask, other=0.0)
+    return mean, tl.load(stats_ptr + 2 * M + row, mask=rmask, other=0.0), rstd
+
+
+@triton.jit
+def store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER: tl.constexpr):
+    tl.store(stats_ptr + row, rstd, mask=rmask)
+    if CENTER:
+        tl.store(stats_ptr + M + row, mean, mask=rmask)
+        tl.store(stats_ptr + 2 * M + row, rest, mask=rmask)
+
+
+@triton.jit
+def normalized(x, mean, rest, rstd, CENTER: tl.constexpr):
+    """x̂ of a tile; what lies outside its mask is not 0."""
+    if CENTER:
+        return ((x - mean[:, None]) - rest[:, None]) * rstd[:, None]
+    return x * rstd[:, None]
+
+
+@triton.jit
+def scaled(xhat, w_ptr, b_ptr, col, inside, ACC: tl.constexpr):
+    """x̂ · w + b; an absent parameter changes nothing."""
+    if w_ptr is not None:
+        xhat *= load_as(w_ptr, col, inside, ACC)[None, :]
+    if b_ptr is not None:
+        xhat += load_as(b_ptr, col, inside, ACC)[None, :]
+    return xhat
+
+
+@triton.jit
+def load_xhat_dz_wdz(
+    dy_ptr, dy_at, x_ptr, x_at, w_ptr, b_ptr, col, inside, mask, mean, rest, rstd,
+    ACT_GRAD: tl.constexpr, CENTER: tl.constexpr,
+):  # fmt: skip
+    """x̂, dz = dy · act′(z) and dz · w of a tile, 0 outside."""
+    ACC: tl.constexpr = rstd.dtype
+    dy = load_as(dy_ptr, dy_at, mask, ACC)
+    xhat = normalized(load_as(x_ptr, x_at, mask, ACC), mean, rest, rstd, CENTER)
+    xhat = tl.where(mask, xhat, 0.0)
+    dz = tl.where(mask, ACT_GRAD(dy, scaled(xhat, w_ptr, b_ptr, col, inside, ACC)), 0.0)
+    return xhat, dz, scaled(dz, w_ptr, None, col, inside, ACC)
+
+
+@triton.jit
+def input_gradient(xhat, wdz, rstd, c1, c2, dsum_ptr, dsum_at, mask, CENTER: tl.constexpr):
+    """(wdz − c2 − x̂ c1) rstd, and the gradient of the sum that the forward returned, if any."""
+    dx = wdz - xhat * c1[:, None]
+    if CENTER:
+        dx -= c2[:, None]
+    dx *= rstd[:, None]
+    if dsum_ptr is not None:
+        dx += load_as(dsum_ptr, dsum_at, mask, rstd.dtype)
+    return dx
+
+
+@triton.jit
+def store_column_sums(partial_ptr, p, t, col, inside, N):
+    """Sum a tile over its rows into row p of (P, N) partials; nothing where they are absent."""
+    if partial_ptr is not None:
+        store_cast(partial_ptr, p.to(tl.int64) * N + col, tl.sum(t, axis=0), inside)

@@ -1,0 +1,178 @@
+"""LayerNorm and RMSNorm of the M rows of an (M, N) tensor whose last axis is contiguous.
+
+Forward, per row; with a residual, x is its sum with the input, as the sum's dtype rounds it:
+    mean = Σ x / N        std² = Σ (x - mean)² / N        rstd = 1 / √(std² + eps)
+    x̂ = (x - mean) · rstd
+    y = act(x̂ · w + b)
+RMSNorm: mean = 0 and b = 0; std is then the root mean square.
+
+Backward, with dz = dy · act′(x̂ · w + b), summed over rows for dw and db, over a row for c1 and c2:
+    db = Σ dz             dw = Σ dz · x̂
+    c1 = Σ dz · w · x̂     c2 = Σ dz · w
+    dx = (dz · w - c2 / N - x̂ · c1 / N) · rstd (+ dsum)
+RMSNorm has no c2. dsum is the gradient of the sum that the forward returned.
+
+Bytes. A row that fits registers is read once, forward and backward. A longer one is read again by
+the same program, from a cache; where rows are few they are split over programs, and read twice.
+The backward of rows too wide for registers reads x and dy twice: once for c1 and c2, once more for
+dx, in tiles of columns, where the sums for dw and db fit. z is recomputed, nothing saved for act′.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from fastnorm.kernels.device.activations import ACTIVATIONS
+from fastnorm.kernels.launch import (
+    ROW_PARTIALS,
+    Device,
+    cdiv,
+    device_of,
+    divisor_class,
+    row_gradient_plan,
+    row_plan,
+    row_sums_plan,
+)
+from fastnorm.kernels.layer_norm_bwd import layer_norm_bwd_kernel, layer_norm_bwd_reduce_kernel
+from fastnorm.kernels.layer_norm_fwd import (
+    layer_norm_fwd_apply_kernel,
+    layer_norm_fwd_kernel,
+    layer_norm_fwd_loop_kernel,
+    layer_norm_fwd_moments_kernel,
+)
+from fastnorm.kernels.sums import sum_partials
+
+
+def _stride(t: Tensor | None) -> int:
+    return 0 if t is None else t.stride(0)
+
+
+def _align(N: int, *tensors: Tensor | None) -> int:
+    """The vector, in elements, that divides the rows' length and every row's start."""
+    return divisor_class(math.gcd(N, *(_stride(t) for t in tensors)))
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    center: bool,
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Return (y, sum, stats): stats is (3, M) with the rows rstd, mean, rest, or rstd alone.
+
+    There is a sum only with a residual; rows of x and residual may have any stride.
+    """
+    M, N = x.shape
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    y = torch.empty(M, N, dtype=dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(y)
+    stats = torch.empty(3 if center else 1, M, dtype=_compute_dtype(y), device=x.device)
+    align = _align(N, x, residual)
+    plan = row_plan(M, N, dtype.itemsize, align, device_of(x.device))
+    act, _ = ACTIVATIONS[activation]
+    strides = (_stride(x), _stride(residual))
+    options = {
+        "CENTER": center, "BLOCK_N": plan.block_n, "ALIGN": align, "num_warps": plan.num_warps,
+    }  # fmt: skip
+    if plan.whole:
+        layer_norm_fwd_kernel[(cdiv(M, plan.block_m),)](
+            x, residual, weight, bias, total, y, stats, eps, M, N, *strides,
+            ACT=act, BLOCK_M=plan.block_m, **options,
+        )  # fmt: skip
+    elif plan.programs == 1:
+        layer_norm_fwd_loop_kernel[(M,)](
+            x, residual, weight, bias, total, y, stats, eps, M, N, *strides, plan.tiles,
+            ACT=act, **options,
+        )  # fmt: skip
+    else:
+        grid, share = (M * plan.programs,), (plan.tiles, plan.tiles_per_program)
+        partial = torch.empty(4, M, plan.programs, dtype=stats.dtype, device=x.device)
+        layer_norm_fwd_moments_kernel[grid](
+            x, residual, total, partial, M, N, plan.programs, *strides, *share, **options
+        )
+        source = x if total is None else total
+        layer_norm_fwd_apply_kernel[grid](
+            source, weight, bias, partial, y, stats, eps,
+            M, N, plan.programs, _stride(source), *share,
+            ACT=act, BLOCK_P=ROW_PARTIALS, **options,
+        )  # fmt: skip
+    return y, total, stats
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    dsum: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, torch.dtype | None],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return (dx, dweight, dbias), None where not `wanted`; dbias has the dtype `wanted`.
+
+    x is what was normalized: the sum, where there was a residual. bias is given where act′ needs z.
+    """
+    M, N = x.shape
+    wants_dx, wants_dw, db_dtype = wanted
+    dx = torch.empty(M, N, dtype=x.dtype, device=x.device) if wants_dx else None
+    dw = torch.empty_like(weight) if weight is not None and wants_dw else None
+    db = None if db_dtype is None else torch.empty(N, dtype=db_dtype, device=x.device)
+    device = device_of(x.device)
+    _, gate = ACTIVATIONS[activation]
+    align = _align(N, dy, x, dsum)
+    plan = row_gradient_plan(M, N, x.element_size(), align, device)
+    options = {"ACT_GRAD": gate, "CENTER": stats.shape[0] == 3, "ALIGN": align}
+    operands = (dy, x, weight, bias, stats)
+    sums = _row_sums(*operands, device, align, options) if wants_dx else None
+
+    partial = None
+    if dw is not None or db is not None:
+        partial = torch.empty(2, plan.programs, N, dtype=stats.dtype, device=x.device)
+    layer_norm_bwd_kernel[(plan.programs * cdiv(N, plan.block_n),)](
+        *operands, sums, dsum, dx,
+        None if partial is None or dw is None else partial[0],
+        None if partial is None or db is None else partial[1],
+        M, N, plan.programs, _stride(dy), _stride(x), _stride(dsum),
+        plan.tiles, plan.tiles_per_program,
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.num_warps, **options,
+    )  # fmt: skip
+    if partial is not None:
+        sum_partials(partial, None, dw, db)
+    return dx, dw, db
+
+
+def _row_sums(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    device: Device,
+    align: int,
+    options: dict[str, object],
+) -> Tensor | None:
+    """c1 and c2 as (2, M), where rows are too wide for one tile."""
+    M, N = x.shape
+    plan = row_sums_plan(M, N, x.element_size(), align, device)
+    if plan is None:
+        return None
+    partial = torch.empty(2, plan.programs, M, dtype=stats.dtype, device=x.device)
+    layer_norm_bwd_reduce_kernel[(M * plan.programs,)](
+        dy, x, weight, bias, stats, partial, M, N, plan.programs, _stride(dy), _stride(x),
+        plan.tiles, plan.tiles_per_program,
+        BLOCK_N=plan.block_n, num_warps=plan.num_warps, **options,
+    )  # fmt: skip
+    if plan.programs == 1:
+        return partial[:, 0]
+    sums = torch.empty(2, M, dtype=stats.dtype, device=x.device)
+    sum_partials(partial, sums, None, None)
+    return sums
