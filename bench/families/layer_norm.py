@@ -74,18 +74,18 @@ def small_cases() -> Iterator[Case]:
     for kind in KINDS:
         for dtype in (torch.bfloat16, torch.float32):
             for name, shape in (
-                ("short rows", (1500, 96)),
-                ("odd rows", (211, 333)),
-                ("a row a program", (40, 5000)),
-                ("backward by columns", (21, 12000)),
-                ("looped", (9, 40000)),
-                ("split", (1, 150001)),
+                ("short rows", (500, 96)),
+                ("odd rows", (61, 333)),
+                ("a row a program", (12, 5000)),
+                ("backward by columns", (9, 8500)),
+                ("looped", (3, 17000)),
+                ("split", (1, 40001)),
             ):
                 case = kind(name, shape, dtype)
                 yield case
                 yield replace(case, residual=True)
-        yield kind("short rows", (1500, 96), affine=False)
-        yield kind("short rows", (1500, 96), activation="silu")
+        yield kind("short rows", (500, 96), affine=False)
+        yield kind("short rows", (500, 96), activation="silu")
 
 
 def option_cases() -> Iterator[Case]:
