@@ -178,7 +178,7 @@ def backward(
     if through_statistics:
         total = torch.empty(2, view.C, dtype=dtype, device=x.device)
     if partial is not None:
-        sum_partials(partial, total, dw, db)
+        sum_partials(partial[0], partial[1], total, dw, db)
     if through_statistics:
         batch_norm_bwd_apply_kernel[plan.grid](
             dy if dz is None else dz, x, weight, bias, stats, total, dx, *sizes,

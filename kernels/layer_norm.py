@@ -134,19 +134,18 @@ def backward(
     operands = (dy, x, weight, bias, stats)
     sums = _row_sums(*operands, device, align, options) if wants_dx else None
 
-    partial = None
-    if dw is not None or db is not None:
-        partial = torch.empty(2, plan.programs, N, dtype=stats.dtype, device=x.device)
+    dw_partial, db_partial = (
+        None if total is None
+        else torch.empty(plan.programs, N, dtype=stats.dtype, device=x.device)
+        for total in (dw, db)
+    )  # fmt: skip
     layer_norm_bwd_kernel[(plan.programs * cdiv(N, plan.block_n),)](
-        *operands, sums, dsum, dx,
-        None if partial is None or dw is None else partial[0],
-        None if partial is None or db is None else partial[1],
+        *operands, sums, dsum, dx, dw_partial, db_partial,
         M, N, plan.programs, _stride(dy), _stride(x), _stride(dsum),
         plan.tiles, plan.tiles_per_program,
         BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.num_warps, **options,
     )  # fmt: skip
-    if partial is not None:
-        sum_partials(partial, None, dw, db)
+    sum_partials(dw_partial, db_partial, None, dw, db)
     return dx, dw, db
 
 
@@ -174,5 +173,5 @@ def _row_sums(
     if plan.programs == 1:
         return partial[:, 0]
     sums = torch.empty(2, M, dtype=stats.dtype, device=x.device)
-    sum_partials(partial, sums, None, None)
+    sum_partials(partial[0], partial[1], sums, None, None)
     return sums

@@ -23,8 +23,12 @@ def tolerance(
     terms: int = 1,
     roundings: int = 1,
     compute: torch.dtype | None = None,
+    intermediate: float = 1.0,
 ) -> dict[str, float]:
-    """rtol and atol of a result of `dtype` whose reference is `want`, computed in `compute`."""
+    """rtol and atol of a result of `dtype` whose reference is `want`, computed in `compute`.
+
+    `intermediate`: size of what is subtracted, where the result is what little is left of it.
+    """
     store = torch.finfo(dtype).eps / 2
     step = torch.finfo(compute or compute_dtype(dtype)).eps
     scale = want[want.isfinite()].abs().max().item() if want.isfinite().any() else 0.0
@@ -32,7 +36,7 @@ def tolerance(
     absolute = 8 * step * terms**0.5 + 2 * store * (roundings - 1)
     return {
         "rtol": store + 8 * step,
-        "atol": absolute * max(scale, 1.0) + torch.finfo(dtype).smallest_normal,
+        "atol": absolute * max(scale, intermediate) + torch.finfo(dtype).smallest_normal,
     }
 
 
@@ -43,11 +47,12 @@ def assert_close(
     name: str = "",
     roundings: int = 1,
     compute: torch.dtype | None = None,
+    intermediate: float = 1.0,
 ) -> None:
     torch.testing.assert_close(
         got.double(),
         want.double(),
-        **tolerance(got.dtype, want, terms, roundings, compute),
+        **tolerance(got.dtype, want, terms, roundings, compute, intermediate),
         equal_nan=True,
         msg=lambda text: f"{name}: {text}",
     )

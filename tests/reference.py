@@ -57,3 +57,21 @@ def batch_norm(
     z = z if bias is None else z + bias.reshape(column)
     z = z if residual is None else z + residual
     return ACTIVATIONS[activation](z), running_mean, running_var
+
+
+def layer_norm(
+    x: Tensor,
+    axes: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    center: bool = True,
+) -> Tensor:
+    """Layer norm over the last `axes`; without `center` RMS norm."""
+    over = tuple(range(-axes, 0))
+    if center:
+        x = x - x.mean(over, keepdim=True)
+    z = x / torch.sqrt((x**2).mean(over, keepdim=True) + eps)
+    z = z if weight is None else z * weight
+    return ACTIVATIONS[activation](z if bias is None else z + bias)

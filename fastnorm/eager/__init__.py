@@ -1,6 +1,7 @@
 """The PyTorch backend: CPU tensors, and whatever a kernel cannot do. Same signatures as `ops`."""
 
 from fastnorm.eager.batch_norm import batch_norm
-from fastnorm.eager.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastnorm.eager.layer_norm import add_layer_norm, add_rms_norm, layer_norm
+from fastnorm.eager.rms_norm import rms_norm
 
 __all__ = ["add_layer_norm", "add_rms_norm", "batch_norm", "layer_norm", "rms_norm"]

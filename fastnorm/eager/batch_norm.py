@@ -26,7 +26,6 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
-from torch.autograd import forward_ad
 
 from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
@@ -93,7 +92,7 @@ def batch_norm(
         )
         own = native.is_huge(input) or (training and _has_planes(input, eps))
         nothing_to_gain = dense and not own and residual is None and activation == "identity"
-        plain = nothing_to_gain or _observed(input)
+        plain = nothing_to_gain or native.observed(input)
     if plain or (residual is not None and residual.dtype is not input.dtype):
         z = torch.batch_norm(
             input, weight, bias, running_mean, running_var, training, momentum, eps,
@@ -167,17 +166,6 @@ def _rounds_between(input: Tensor, residual: Tensor | None, activation: str) -> 
     """
     cheap = torch.compiler.is_compiling() or input.numel() < SMALL
     return cheap and (residual is not None or activation not in _ROUNDED)
-
-
-def _observed(input: Tensor) -> bool:
-    """Whether a subclass, a transform, forward-mode AD or a trace watches the operators."""
-    return (
-        type(input) is not Tensor
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
-    )
 
 
 def _has_planes(input: Tensor, eps: float) -> bool:

@@ -1,4 +1,7 @@
-"""LayerNorm, RMSNorm and their residual-add forms in torch operators."""
+"""LayerNorm and the residual-add forms in torch operators.
+
+torch's own LayerNorm runs at the speed of memory on a CPU, and is called as it is.
+"""
 
 from collections.abc import Sequence
 
@@ -7,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastnorm.eager.activations import ACTIVATIONS
+from fastnorm.eager.rms_norm import rms_norm
 
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-"""The statistics' dtype, where it is not the input's."""
+"""The dtype that parameters may have besides the input's."""
 
 
 def layer_norm(
@@ -21,28 +25,14 @@ def layer_norm(
     activation: str,
 ) -> Tensor:
     """`act(layer_norm(input))` of arguments that `functional.layer_norm` has checked."""
-    dtype = _WIDER.get(input.dtype, input.dtype)
-    if weight is None and dtype is not input.dtype:  # else the statistics are saved in 16 bits
-        weight = torch.ones(tuple(normalized_shape), dtype=dtype, device=input.device)
-    weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    parameters = [t.dtype for t in (weight, bias) if t is not None]
+    if any(dtype is not parameters[0] for dtype in parameters) or (
+        parameters and parameters[0] not in (input.dtype, _WIDER.get(input.dtype))
+    ):  # torch's CPU operator refuses these
+        dtype = _WIDER.get(input.dtype, input.dtype)
+        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     z = F.layer_norm(input, tuple(normalized_shape), weight, bias, eps)
     return z if activation == "identity" else ACTIVATIONS[activation](z)
-
-
-def rms_norm(
-    input: Tensor,
-    normalized_shape: Sequence[int],
-    weight: Tensor | None,
-    eps: float,
-    activation: str,
-) -> Tensor:
-    """`act(rms_norm(input))` of arguments that `functional.rms_norm` has checked."""
-    x = input.to(_WIDER.get(input.dtype, input.dtype))
-    axes = tuple(range(-len(normalized_shape), 0))
-    z = x * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
-    if weight is not None:
-        z = z * weight.to(x.dtype)
-    return ACTIVATIONS[activation](z).to(input.dtype)
 
 
 def add_layer_norm(

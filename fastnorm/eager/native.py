@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 aten = torch.ops.aten
 
@@ -120,14 +121,25 @@ def is_huge(input: Tensor) -> bool:
     return input.nbytes >= HUGE and _libc() is not None
 
 
-def empty_like(input: Tensor) -> Tensor:
+def observed(input: Tensor) -> bool:
+    """Whether a subclass, a transform, forward-mode AD or a trace watches the operators."""
+    return (
+        type(input) is not Tensor
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
+    )
+
+
+def empty_like(input: Tensor, memory_format: torch.memory_format = torch.preserve_format) -> Tensor:
     """An uninitialized tensor, on huge pages if it is huge.
 
     Memory that is mapped anew comes page by page, each at the cost of a fault: pages of 4 KB take
     more time than the arithmetic that fills them. Evaluating (32, 64, 112, 112) in float32 takes
     51 ms on those and 11 ms on huge ones.
     """
-    output = torch.empty_like(input)
+    output = torch.empty_like(input, memory_format=memory_format)
     if output.nbytes >= HUGE and (libc := _libc()) is not None and _is_fresh(output, libc):
         start, end = output.data_ptr(), output.data_ptr() + output.nbytes
         start += -start % mmap.PAGESIZE

@@ -1,0 +1,154 @@
+"""RMSNorm in torch operators: shorter ways than torch's own, which materializes every step.
+
+    rstd = 1 / √(mean x² + eps)     y = act(x rstd w)                      x̂ = x rstd
+    dw = Σ g x̂                      dx = rstd (g w − x̂ mean(g w x̂))
+
+On a CPU the backward is that of torch's LayerNorm, a fused kernel, given rows of mean 0: it gives
+dw, and dx less rstd · mean(g w), which is added. Rows are taken in chunks, so that what one
+operator writes is still in the cache when the next one reads it, and 16-bit rows are widened a
+chunk at a time. Ratios are torch's time over ours, as bench/bench_eager_layer_norm.py measures
+them: (4096, 1024) in float32 20 forward and 2.4 backward, in bfloat16 11 and 2.3.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm.eager import native
+from fastnorm.eager.activations import ACTIVATIONS
+from fastnorm.eager.native import aten
+
+CHUNK = 1 << 19
+"""Elements of a chunk of rows: two megabytes of float32."""
+SMALL = 1 << 15
+"""Elements below which the fewest operators are the fastest."""
+
+_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
+"""The dtype that is computed in, where it is not the input's."""
+
+
+def rms_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None,
+    eps: float,
+    activation: str,
+) -> Tensor:
+    """`act(rms_norm(input))` of arguments that `functional.rms_norm` has checked."""
+    if (
+        not input.is_cpu
+        or input.numel() == 0
+        or torch.compiler.is_compiling()
+        or native.observed(input)
+    ):
+        x = input.to(_WIDER.get(input.dtype, input.dtype))
+        z = _short(x, tuple(range(-len(normalized_shape), 0)), weight, eps)
+        return ACTIVATIONS[activation](z).to(input.dtype)
+    shape = tuple(normalized_shape)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or (weight is not None and weight.requires_grad)
+    ):
+        z = RMSNormFunction.apply(input, weight, shape, eps)  # type: ignore[no-untyped-call]
+    else:
+        z = _normalize(input, weight, shape, eps)[0]
+    return z if activation == "identity" else ACTIVATIONS[activation](z)
+
+
+def _short(x: Tensor, axes: tuple[int, ...], weight: Tensor | None, eps: float) -> Tensor:
+    """The output in the wider dtype, one plain operator a step."""
+    z = x * (x.square().mean(axes, keepdim=True) + eps).rsqrt()
+    return z if weight is None else z * weight.to(x.dtype)
+
+
+def _vector(weight: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if weight is None else weight.reshape(-1).to(dtype)
+
+
+def _chunks(rows: Tensor) -> Iterator[slice]:
+    step = max(CHUNK // rows.shape[1], 1)
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
+
+
+def _normalize(
+    input: Tensor, weight: Tensor | None, shape: tuple[int, ...], eps: float
+) -> tuple[Tensor, Tensor]:
+    """The output, contiguous, and rstd (rows, 1) in the wider dtype."""
+    dtype = _WIDER.get(input.dtype, input.dtype)
+    size = torch.Size(shape).numel()
+    x, w = input.reshape(-1, size), _vector(weight, dtype)
+    if input.numel() < SMALL:
+        wide = x.to(dtype)
+        rstd = (wide.square().mean(1, keepdim=True) + eps).rsqrt_()
+        z = wide * rstd
+        z = (z if w is None else z.mul_(w)).to(input.dtype)
+        return z.view(input.shape), rstd
+    y = native.empty_like(input, memory_format=torch.contiguous_format)
+    rstd = torch.empty(x.shape[0], 1, dtype=dtype)
+    for rows in _chunks(x):
+        wide, out = x[rows].to(dtype), y.view(x.shape)[rows]
+        norm = torch.linalg.vector_norm(wide, dim=1, keepdim=True, out=rstd[rows])
+        norm.square_().div_(size).add_(eps).rsqrt_()
+        z = torch.mul(wide, norm, out=out if out.dtype is dtype else None)
+        z = z if w is None else z.mul_(w)
+        if z is not out:
+            out.copy_(z)
+    return y, rstd
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """`_normalize`, with its gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, input: Tensor, weight: Tensor | None, shape: tuple[int, ...], eps: float
+    ) -> Tensor:
+        y, rstd = _normalize(input, weight, shape, eps)
+        ctx.save_for_backward(input, weight, rstd)
+        ctx.shape, ctx.eps = shape, eps
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        input, weight, rstd = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:2]
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            axes = tuple(range(-len(ctx.shape), 0))
+            leaves = [t for t, needed in zip((input, weight), wanted, strict=True) if needed]
+            z = _short(input.to(rstd.dtype), axes, weight, ctx.eps)
+            found = iter(torch.autograd.grad(z, leaves, dy.to(z.dtype), create_graph=True))
+            dx, dw = (next(found) if needed else None for needed in wanted)
+        else:
+            dx, dw = _gradients(dy, input, weight, rstd, wanted)
+        return dx, dw, None, None  # shape, eps
+
+
+def _gradients(
+    dy: Tensor, input: Tensor, weight: Tensor | None, rstd: Tensor, wanted: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """dx and dw, None where not wanted."""
+    rows_of, dtype = rstd.shape[0], rstd.dtype
+    size = input.numel() // rows_of
+    x, g, w = input.reshape(-1, size), dy.reshape(-1, size), _vector(weight, dtype)
+    dx = native.empty_like(input, memory_format=torch.contiguous_format) if wanted[0] else None
+    total = torch.zeros(size, dtype=dtype) if wanted[1] else None
+    zero = torch.zeros(min(rows_of, max(CHUNK // size, 1)), 1, dtype=dtype)
+    for rows in _chunks(x):
+        wide, dz, r = x[rows].to(dtype), g[rows].to(dtype), rstd[rows]
+        centered, dw, _ = aten.native_layer_norm_backward.default(
+            dz.contiguous(), wide.contiguous(), [size], zero[: r.shape[0]], r, w, None,
+            [wanted[0], wanted[1], False],
+        )  # fmt: skip
+        if total is not None:
+            total += dw
+        if dx is not None:  # what LayerNorm subtracts on account of its mean comes back
+            mean = (dz.mean(1) if w is None else torch.mv(dz, w).div_(size)).mul_(r[:, 0])
+            out = dx.view(x.shape)[rows]
+            z = torch.add(centered, mean[:, None], out=out if out.dtype is dtype else None)
+            if z is not out:
+                out.copy_(z)
+    if weight is None or total is None:
+        return dx, None
+    return dx, total.view(weight.shape).to(weight.dtype)
