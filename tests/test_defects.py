@@ -4,49 +4,23 @@ The docstrings name the defect. General checks of the same things are in test_ba
 test_batch_norm_adversarial.py; here each defect is set up as it bites a user.
 """
 
-import contextlib
 import inspect
 import math
-import mmap
-import resource
 import sys
-from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import reference
 import torch
 import torch.nn.functional as F
 from cases import assert_close
+from probes import HAS_GPU, committed, draw, kernels_run, largest_error, launches, reserved
 from torch import Tensor, nn
 
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm import use_backend
 
-HAS_GPU = torch.cuda.is_available()
 interpreted_only = pytest.mark.skipif(HAS_GPU, reason="launches are seen in the interpreter")
-
-
-def draw(*size: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, generator=generator, dtype=torch.float64).to(device, dtype)
-
-
-def kernels_run(device: torch.device) -> bool:
-    return fastnorm.backend_for(torch.ones(2, 3, device=device)) == "triton"
-
-
-@contextlib.contextmanager
-def launches() -> Iterator[list[Any]]:
-    """The launches of a block; none where no interpreter runs."""
-    if HAS_GPU:
-        yield []
-        return
-    from interpreter import trace
-
-    with trace() as seen:
-        yield seen
 
 
 # ---- 1: BatchNorm --------------------------------------------------------------------------------
@@ -188,10 +162,6 @@ def test_empty_batch(backend, shape, training):
 
 
 # ---- 2: overflow ---------------------------------------------------------------------------------
-def committed() -> int:
-    """The most memory this process ever held, in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @pytest.mark.skipif(HAS_GPU, reason="memory is not lazy on a GPU")
@@ -208,11 +178,7 @@ def committed() -> int:
 )
 def test_strides_beyond_32_bits(backend, shape, strides):
     """32-bit row offsets fail silently beyond 2³¹ elements. No other memory is touched."""
-    elements = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
-    memory = mmap.mmap(-1, elements * 4, flags=flags)
-    whole = torch.frombuffer(memory, dtype=torch.float32)
+    whole = reserved(1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True)))
     values = draw(*shape, device=backend)
     x = whole.as_strided(shape, strides).copy_(values)
     assert whole.numel() > 2**31
@@ -314,10 +280,6 @@ def test_gradients_do_not_share_memory_with_one_another(backend, activation):
 
 
 # ---- 6: extremes ---------------------------------------------------------------------------------
-def largest_error(got: Tensor, want: Tensor) -> float:
-    """Infinite where one is not finite."""
-    difference = (got.double() - want).abs().max().item()
-    return difference if math.isfinite(difference) else math.inf
 
 
 @pytest.mark.parametrize("shape", [(64, 3), (4, 3, 60, 60)], ids=str)

@@ -5,61 +5,17 @@ no such argument, `kind` says what ours raises.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from bad_calls import CPU, META, Bad, bits, check_error, raised_by, tensors_of, to
 from torch import Tensor, nn
 
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS
-
-CPU, META = torch.device("cpu"), torch.device("meta")
-
-
-@dataclass
-class Bad:
-    """One wrong thing about a good call."""
-
-    arguments: dict[str, Any]
-    kind: type[Exception]
-    says: tuple[str, ...]  # each is in the message
-    ours_only: dict[str, Any] = field(default_factory=dict)
-
-
-def raised_by(call: Callable[[], Any]) -> Exception | None:
-    try:
-        call()
-    except Exception as error:
-        return error
-    return None
-
-
-def bits(tensor: Tensor | None) -> Any:
-    if tensor is None or tensor.device == META:
-        return None
-    return tensor.contiguous().view(-1).view(torch.uint8).tolist()
-
-
-def to(device: torch.device, value: Any) -> Any:
-    """The value there, a copy; what is on no device stays so."""
-    if not isinstance(value, Tensor) or value.device == META:
-        return value
-    return value.detach().clone().to(device).requires_grad_(value.requires_grad)
-
-
-def check_error(
-    error: Exception | None, theirs: Exception | None, bad: Bad, device: torch.device
-) -> None:
-    assert error is not None, f"accepted; torch: {theirs!r}"
-    for kind in {bad.kind, type(theirs or error)}:
-        assert isinstance(error, kind), f"{error!r} is no {kind.__name__}; torch: {theirs!r}"
-    for part in bad.says:
-        part = device.type if part == "cpu" else part
-        assert part in str(error), f"{part!r} is not in {error}"
 
 
 # ---- functional.batch_norm -----------------------------------------------------------------------
@@ -218,10 +174,6 @@ MODULES = {
     "2d, integers": ("BatchNorm2d", torch.ones(2, 3, 4, 5).int()),
     "2d, elsewhere": ("BatchNorm2d", torch.ones(2, 3, 4, 5, device=META)),
 }  # fmt: skip
-
-
-def tensors_of(module: nn.Module) -> dict[str, Any]:
-    return {name: bits(t) for name, t in module.state_dict().items()}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -19,7 +19,7 @@ import pytest
 import reference
 import torch
 from cases import FLOATS, compute_dtype, tolerance
-from hypothesis import HealthCheck, given, settings
+from fuzzing import KINKS, LAYOUTS, fuzz, laid_out
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,8 +35,7 @@ else:
 
 pytestmark = pytest.mark.unchecked  # each example is, on its own
 
-KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
-LAYOUTS = ("contiguous", "channels innermost", "permuted", "sliced", "expanded", "offset")
+
 LEAVES = ("x", "weight", "bias", "residual")
 
 
@@ -114,28 +113,6 @@ def cases(draw: st.DrawFn) -> Case:
         way=way,
         seed=draw(st.integers(0, 99)),
     )
-
-
-def laid_out(values: Tensor, layout: str, axis: int) -> Tensor:
-    """The values (with "expanded" the first of the axis) at other strides, among NaN."""
-    axis = min(axis, values.ndim - 1)
-    if layout == "channels innermost" and values.ndim > 1:
-        return values.movedim(1, -1).contiguous().movedim(-1, 1)
-    if layout == "permuted":
-        return values.movedim(axis, 0).contiguous().movedim(0, axis)
-    if layout == "expanded" and values.shape[axis] > 0:
-        return values.narrow(axis, 0, 1).clone().expand(values.shape)
-    if layout == "sliced":
-        shape = list(values.shape)
-        shape[axis] = 2 * shape[axis] + 1
-        wide = values.new_full(shape, float("nan"))
-        inner = wide.narrow(axis, 1, shape[axis] - 1)
-        inner = inner.unflatten(axis, (values.shape[axis], 2)).select(axis + 1, 0)
-        return inner.copy_(values)
-    if layout == "offset":
-        flat = values.new_full((values.numel() + 2,), float("nan"))
-        return flat[1:-1].view(values.shape).copy_(values)
-    return values.contiguous()
 
 
 @contextlib.contextmanager
@@ -421,25 +398,12 @@ def check_empty(call: Call) -> None:
 
 
 # ---- the two runs --------------------------------------------------------------------------------
-def fuzz(device: torch.device, examples: int) -> None:
-    @settings(
-        max_examples=examples,
-        derandomize=True,
-        database=None,
-        deadline=None,
-        suppress_health_check=list(HealthCheck),
-    )
-    @given(cases())
-    def run(case: Case) -> None:
-        check(case, device)
-
-    run()
-
-
 def test_batch_norm(backend):
-    fuzz(backend, 60 if fastnorm.backend_for(torch.ones(1, device=backend)) == "triton" else 240)
+    examples = 60 if fastnorm.backend_for(torch.ones(1, device=backend)) == "triton" else 240
+    fuzz(cases(), lambda case: check(case, backend), examples)
 
 
 @pytest.mark.slow
 def test_batch_norm_at_length(backend):
-    fuzz(backend, 1500 if backend.type == "cpu" else 200)  # a GPU compiles for most of them
+    examples = 1500 if backend.type == "cpu" else 200  # a GPU compiles for most of them
+    fuzz(cases(), lambda case: check(case, backend), examples)
