@@ -44,7 +44,11 @@ def momentum(
 
 
 def residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:
-    if residual.shape != shape:
+    try:
+        fits = residual.shape == shape
+    except AttributeError:
+        raise TypeError(f"residual must be a Tensor, but got {type(residual).__name__}") from None
+    if not fits:
         raise RuntimeError(
             f"residual must have the shape of the normalized tensor, {list(shape)}, "
             f"but got {list(residual.shape)}"
@@ -131,14 +135,14 @@ def batch_statistics(
 
 
 def row_statistics(
+    name: str,
     input: Tensor,
-    shape: Sequence[int],
     normalized_shape: Sequence[int],
     weight: Tensor | None,
     bias: Tensor | None,
 ) -> None:
-    """What layer norm and RMS norm of a tensor of `shape` ask of their arguments."""
-    if not isinstance(normalized_shape, Sequence):
+    """What `name`, layer norm or RMS norm, asks of its arguments."""
+    if type(normalized_shape) is not tuple and not isinstance(normalized_shape, Sequence):
         raise TypeError(
             "normalized_shape must be a tuple or list of ints, "
             f"but got {type(normalized_shape).__name__}"
@@ -149,26 +153,57 @@ def row_statistics(
             "Expected normalized_shape to be at least 1-dimensional, i.e., containing at least one "
             f"element, but got normalized_shape = {list(normalized_shape)}"
         )
-    if shape[-axes:] != (size := torch.Size(normalized_shape)):
-        wanted = ", ".join(["*", *map(str, normalized_shape)])
-        raise RuntimeError(
-            f"Given normalized_shape={list(normalized_shape)}, expected input with shape "
-            f"[{wanted}], but got input of size {list(shape)}"
-        )
-    if input.dtype not in FLOATS:
-        raise NotImplementedError(f"\"layer_norm\" not implemented for '{_scalar_type(input)}'")
-    device = input.device
-    for tensor in (weight, bias):
-        if tensor is not None and (
-            tensor.shape != size or tensor.dtype not in FLOATS or tensor.device != device
-        ):
-            name = "weight" if tensor is weight else "bias"
-            if tensor.shape != size:
-                raise RuntimeError(
-                    f"Expected {name} to be of same shape as normalized_shape, but got {name} of "
-                    f"shape {list(tensor.shape)} and normalized_shape = {list(normalized_shape)}"
-                )
-            _refuse(name, tensor, input)
+    size = torch.Size(normalized_shape)
+    try:  # costs nothing until it fails
+        device = input.device
+        for tensor in (weight, bias):
+            if tensor is not None and (
+                tensor.shape != size or tensor.dtype not in FLOATS or tensor.device != device
+            ):
+                small = "weight" if tensor is weight else "bias"
+                if tensor.shape != size:
+                    raise RuntimeError(
+                        f"Expected {small} to be of same shape as normalized_shape, but got "
+                        f"{small} of shape {list(tensor.shape)} and "
+                        f"normalized_shape = {list(normalized_shape)}"
+                    )
+                _refuse(small, tensor, input)
+        if input.shape[-axes:] != size:
+            _refuse_shape(name, input.shape, normalized_shape)
+        if input.dtype not in FLOATS:
+            raise NotImplementedError(f"\"{name}\" not implemented for '{_scalar_type(input)}'")
+    except AttributeError:
+        _require_tensors(input=input, weight=weight, bias=bias)
+        raise
+
+
+def epsilon(value: object) -> float:
+    """What torch takes for a float, as one."""
+    if type(value) is float:
+        return value
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, Tensor) and not (value.ndim or value.requires_grad or value.is_complex()):
+        return float(value)
+    raise TypeError(f"eps must be a number, but got {type(value).__name__}")
+
+
+def _refuse_shape(name: str, shape: Sequence[int], normalized_shape: Sequence[int]) -> None:
+    wanted = ", ".join(["*", *map(str, normalized_shape)])
+    # torch's rms_norm counts the axes first, with an error of its own
+    kind = ValueError if name == "rms_norm" and len(shape) < len(normalized_shape) else RuntimeError
+    raise kind(
+        f"Given normalized_shape={list(normalized_shape)}, expected input with shape [{wanted}], "
+        f"but got input of size {list(shape)}"
+    )
+
+
+def _require_tensors(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None and not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a Tensor, but got {type(value).__name__}")
+    if arguments["input"] is None:
+        raise TypeError("input must be a Tensor, but got None")
 
 
 def _per_channel(shape: Sequence[int]) -> int:

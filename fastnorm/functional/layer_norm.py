@@ -34,6 +34,7 @@ def layer_norm(
     Raises:
         RuntimeError: an empty `normalized_shape`, or an input, weight or bias that does not fit it.
         NotImplementedError: an input that is not floating-point.
+        TypeError: a `normalized_shape` that is not of integers, or an eps that is no number.
         ValueError: an unknown activation.
 
     Source: Ba, Kiros & Hinton 2016, "Layer Normalization".
@@ -43,11 +44,11 @@ def layer_norm(
     tensor([[-1.,  1.],
             [ 0.,  0.]])
     """
-    checks.row_statistics(input, input.shape, normalized_shape, weight, bias)
+    checks.row_statistics("layer_norm", input, normalized_shape, weight, bias)
     if activation != "identity":
         checks.activation(activation)
     y: Tensor = implementation(input).layer_norm(
-        input, normalized_shape, weight, bias, float(eps), activation
+        input, normalized_shape, weight, bias, checks.epsilon(eps), activation
     )
     return y
 
@@ -71,7 +72,8 @@ def rms_norm(
         activation: as in `batch_norm`.
 
     Raises:
-        RuntimeError, NotImplementedError, ValueError: as `layer_norm`.
+        ValueError: an unknown activation, or an input of fewer axes than `normalized_shape`.
+        RuntimeError, NotImplementedError, TypeError: as `layer_norm`.
 
     Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
 
@@ -80,10 +82,10 @@ def rms_norm(
     tensor([[ 1.,  1.],
             [-1.,  1.]])
     """
-    checks.row_statistics(input, input.shape, normalized_shape, weight, None)
+    checks.row_statistics("rms_norm", input, normalized_shape, weight, None)
     if activation != "identity":
         checks.activation(activation)
-    eps = _machine_epsilon(input.dtype) if eps is None else float(eps)
+    eps = _machine_epsilon(input.dtype) if eps is None else checks.epsilon(eps)
     y: Tensor = implementation(input).rms_norm(input, normalized_shape, weight, eps, activation)
     return y
 
@@ -119,12 +121,12 @@ def add_layer_norm(
     >>> FF.add_layer_norm(torch.tensor([1.0, 1.0]), torch.tensor([0.0, 2.0]), (2,), eps=1e-12)
     (tensor([-1.,  1.]), tensor([1., 3.]))
     """
+    checks.row_statistics("layer_norm", input, normalized_shape, weight, bias)
     checks.residual(residual, input.shape, input)
-    checks.row_statistics(input, input.shape, normalized_shape, weight, bias)
     if activation != "identity":
         checks.activation(activation)
     both: tuple[Tensor, Tensor] = implementation(input).add_layer_norm(
-        input, residual, normalized_shape, weight, bias, float(eps), activation
+        input, residual, normalized_shape, weight, bias, checks.epsilon(eps), activation
     )
     return both
 
@@ -156,12 +158,12 @@ def add_rms_norm(
     >>> FF.add_rms_norm(torch.tensor([1.0, -1.0]), torch.tensor([1.0, -1.0]), (2,))
     (tensor([ 1., -1.]), tensor([ 2., -2.]))
     """
+    checks.row_statistics("rms_norm", input, normalized_shape, weight, None)
     checks.residual(residual, input.shape, input)
-    checks.row_statistics(input, input.shape, normalized_shape, weight, None)
     if activation != "identity":
         checks.activation(activation)
     dtype = torch.promote_types(input.dtype, residual.dtype)
-    eps = _machine_epsilon(dtype) if eps is None else float(eps)
+    eps = _machine_epsilon(dtype) if eps is None else checks.epsilon(eps)
     both: tuple[Tensor, Tensor] = implementation(input).add_rms_norm(
         input, residual, normalized_shape, weight, eps, activation
     )
