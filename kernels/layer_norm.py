@@ -19,6 +19,7 @@ dx, in tiles of columns, where the sums for dw and db fit. z is recomputed, noth
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -65,14 +66,16 @@ def forward(
     eps: float,
     activation: str,
     center: bool,
+    shape: Sequence[int],
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return (y, sum, stats): stats is (3, M) with the rows rstd, mean, rest, or rstd alone.
 
-    There is a sum only with a residual; rows of x and residual may have any stride.
+    There is a sum only with a residual; rows of x and residual may have any stride. y and the sum
+    have `shape`, of M · N elements, and are no views, which autograd would not let anybody change.
     """
     M, N = x.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(M, N, dtype=dtype, device=x.device)
+    y = torch.empty(shape, dtype=dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y)
     stats = torch.empty(3 if center else 1, M, dtype=_compute_dtype(y), device=x.device)
     align = _align(N, x, residual)
@@ -98,7 +101,7 @@ def forward(
         layer_norm_fwd_moments_kernel[grid](
             x, residual, total, partial, M, N, plan.programs, *strides, *share, **options
         )
-        source = x if total is None else total
+        source = x if total is None else total.view(M, N)
         layer_norm_fwd_apply_kernel[grid](
             source, weight, bias, partial, y, stats, eps,
             M, N, plan.programs, _stride(source), *share,

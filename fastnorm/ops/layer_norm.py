@@ -34,10 +34,8 @@ class LayerNormFunction(torch.autograd.Function):
             y, total, stats = kernels.forward(
                 as_rows(x, size),
                 None if residual is None else as_rows(residual, size),
-                weight, bias, eps, activation, center,
+                weight, bias, eps, activation, center, x.shape,
             )  # fmt: skip
-        y = y.view(x.shape)
-        total = None if total is None else total.view(x.shape)
         ctx.save_for_backward(
             x if total is None else total,
             weight,
@@ -54,24 +52,23 @@ class LayerNormFunction(torch.autograd.Function):
     def backward(
         ctx: Any, dy: Tensor | None, dsum: Tensor | None = None
     ) -> tuple[Tensor | None, ...]:
-        x, weight, bias, stats = ctx.saved_tensors
         x_wanted, residual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
-        dx_wanted = x_wanted or residual_wanted
         dw = db = None
-        if dy is None:
+        if dy is None:  # what was saved may have been changed since: the sum, by whoever has it
             dx = dsum
         elif torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
             dx, dw, db = _differentiable_backward(ctx, dy)
             if dsum is not None and dx is not None:
                 dx = dx + dsum
         else:
+            x, weight, bias, stats = ctx.saved_tensors
             size = torch.Size(ctx.shape).numel()
             with on_device_of(x):
                 dx, dw, db = kernels.backward(
                     as_rows(dy, size), as_rows(x, size), weight, bias, stats,
                     None if dsum is None else as_rows(dsum, size),
                     ctx.activation,
-                    (dx_wanted, dw_wanted, ctx.bias_dtype if db_wanted else None),
+                    (x_wanted or residual_wanted, dw_wanted, ctx.bias_dtype if db_wanted else None),
                 )  # fmt: skip
             dx = None if dx is None else dx.view(x.shape)
         dinput, dresidual = (
