@@ -384,6 +384,18 @@ def test_gradients_through_either_output(backend, kind, use, frozen):
 
 
 @each_added
+def test_a_sum_of_constants_requires_no_gradient(backend, kind):
+    """Whatever the parameters do; an output without gradient at all requires none either."""
+    for module in both_added(kind, backend):
+        y, total = module(batch(backend, 6, 4), batch(backend, 6, 4, seed=1))
+        assert (y.requires_grad, total.requires_grad) == (True, False)
+        y.pow(3).sum().backward()
+        assert module.state_dict(keep_vars=True).popitem()[1].grad is not None
+        module.requires_grad_(False)
+        assert not any(t.requires_grad for t in module(y.detach(), total))
+
+
+@each_added
 def test_input_as_its_own_residual(backend, kind):
     """x + x: both gradients go to x, and neither is the other's memory."""
     results = []

@@ -46,6 +46,8 @@ class LayerNormFunction(torch.autograd.Function):
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.shape, ctx.eps, ctx.activation = shape, eps, activation
         ctx.set_materialize_grads(False)
+        if total is not None and not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(total)  # the parameters are no part of it
         return y if total is None else (y, total)
 
     @staticmethod
