@@ -1,22 +1,28 @@
 """Offsets beyond 2³¹ elements, on memory that is reserved but hardly touched.
 
-The launchers run on tensors of many gigabytes of which the test touches one channel: only the
-programs of the first block of channels are launched, and its elements lie further apart than 2³¹.
+The launchers run on tensors of many gigabytes of which the test touches a part. For batch norm that
+is one channel: only the programs of the first block of channels are launched, and its elements lie
+further apart than 2³¹. For layer norm it is the end: of each grid the first and the last program
+run, and the first finds zeros.
 """
 
 import contextlib
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import reference
 import torch
 from cases import assert_close
+from probes import committed, draw, reserved
 
 import fastnorm.functional as FF
-from fastnorm.kernels import batch_norm, launch
+from fastnorm.kernels import batch_norm, launch, layer_norm
 from fastnorm.kernels.launch import ChannelView
 
 checked = contextlib.nullcontext
 if not torch.cuda.is_available():
+    import interpreter
     from checker import checked
 
 pytestmark = pytest.mark.unchecked  # the usual checker fills what is allocated: many gigabytes
@@ -40,7 +46,10 @@ VIEWS = {
 }
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="memory is not lazy on a GPU")
+lazy = pytest.mark.skipif(torch.cuda.is_available(), reason="memory is not lazy on a GPU")
+
+
+@lazy
 @pytest.mark.parametrize("name", VIEWS)
 def test_beyond_2_to_the_31_elements(first_channels_only, name):
     view, multiprocessors = VIEWS[name]
@@ -76,6 +85,79 @@ def test_beyond_2_to_the_31_elements(first_channels_only, name):
     assert_close(first(dx), want_dx, 16)
 
 
+ROWS = {
+    "registers": (2**18 + 1, 8192, 2**18),
+    "looped": (2**15 + 1, 2**16, 2**13),
+    "split": (1, 2**31 + 4096, 2**11),
+}
+"""M, N, and the multiprocessors to plan for: one program sums a row, but for the split one."""
+
+
+def lazily(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """`torch.empty`, with zeros where other programs would have written partial statistics."""
+
+    def empty(*size: Any, **options: Any) -> torch.Tensor:
+        made = original(*size, **options)
+        return made.zero_() if made.numel() < 2**24 else made
+
+    return empty
+
+
+@lazy
+@pytest.mark.parametrize("center", [True, False], ids=["layer norm", "RMS norm"])
+@pytest.mark.parametrize("way", ROWS)
+def test_rows_beyond_2_to_the_31_elements(monkeypatch, way, center):
+    """The last row, or the last share of the only one; all else is 0 and takes no memory."""
+    M, N, multiprocessors = ROWS[way]
+    assert M * N > 2**31
+    monkeypatch.setattr(
+        interpreter,
+        "programs_of",
+        lambda sizes: sorted({(0,) * len(sizes), tuple(n - 1 for n in sizes)}),
+    )
+    monkeypatch.setattr(torch, "empty", lazily(torch.empty))
+    for module in (launch, layer_norm):
+        monkeypatch.setattr(module, "ROW_PARTIALS", 2**13)  # shorter shares
+    x, residual, dy = (reserved(M * N, torch.bfloat16).view(M, N) for _ in range(3))
+    weight = reserved(N, torch.bfloat16)
+    before = committed()
+    with launch.assume(launch.Device(multiprocessors)), checked(modules=()):
+        plan = launch.row_plan(M, N, 2, 8, launch.device_of(x.device))
+        assert (plan.whole, plan.programs > 1) == (way == "registers", way == "split")
+        share = plan.tiles_per_program * plan.block_n
+        first = 0 if way == "registers" else (plan.programs - 1) * share
+        last = (slice(M - 1, M), slice(first, N))
+        for seed, t in enumerate((x, residual, dy)):
+            t[last] = draw(1, N - first, device=x.device, dtype=t.dtype, seed=seed)
+        weight[first:] = draw(N - first, device=x.device, dtype=weight.dtype, seed=3)
+        y, total, stats = layer_norm.forward(
+            x, residual, weight, None, 1e-5, "relu", center, (M, N)
+        )
+        dx, dw, _ = layer_norm.backward(
+            dy, total, weight, None, stats, None, "relu", (True, True, None)
+        )
+    assert committed() - before < 2**31
+    leaf, gamma = (t.double().requires_grad_() for t in (total[last], weight[first:]))
+    zeros = leaf.new_zeros(1, share if way == "split" else 0)  # what the first program reads
+    ones = gamma.new_ones(zeros.shape[1])
+    want = reference.layer_norm(
+        torch.cat([zeros, leaf], 1), 1, torch.cat([ones, gamma]), None, 1e-5, "relu", center
+    )[:, zeros.shape[1] :]
+    want_dx, want_dw = torch.autograd.grad(want, (leaf, gamma), dy[last].double())
+    assert torch.equal(total[last], x[last] + residual[last])
+    assert_close(y[last], want.detach(), 8)
+    ends = (slice(M - 1, M), slice(N - 8, N))  # what the last program of columns owns
+    assert_close(dw[-8:], want_dw[-8:], 8)
+    if (
+        way == "split"
+    ):  # c1 and c2, the sums of two shares over the whole length, are nearly nothing
+        rstd = stats[0, -1].double()
+        want_dx = dy[last].double() * (want > 0) * gamma * rstd
+        torch.testing.assert_close(dx[ends].double(), want_dx[:, -8:], rtol=2**-8, atol=1e-4)
+    else:
+        assert_close(dx[ends], want_dx[:, -8:].detach(), 64)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("columns", [True, False], ids=["columns", "rows"])
 def test_full_size_on_a_gpu(columns):
@@ -96,3 +178,24 @@ def test_full_size_on_a_gpu(columns):
         (want_dx,) = torch.autograd.grad(want, leaf, dy[:, part].double())
         assert_close(y[:, part], want.detach(), rows)
         assert_close(dx[:, part], want_dx, rows)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "shape", [(2**21 + 2, 1024), (2**10 + 2, 2**21), (1, 2**31 + 4096)], ids=str
+)
+def test_rows_at_full_size_on_a_gpu(shape):
+    """More than 2³¹ elements, compiled: first and last rows against float64."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    x, dy = (
+        torch.randn(shape, generator=generator, device="cuda", dtype=torch.bfloat16)
+        for _ in range(2)
+    )
+    y = FF.layer_norm(x.requires_grad_(), shape[1:])
+    (dx,) = torch.autograd.grad(y, x, dy)
+    for row in {0, shape[0] - 1}:
+        leaf = x.detach()[row : row + 1].double().requires_grad_()
+        want = reference.layer_norm(leaf, 1, None, None, 1e-5, "identity")
+        (want_dx,) = torch.autograd.grad(want, leaf, dy[row : row + 1].double())
+        assert_close(y[row : row + 1], want.detach(), 64)
+        assert_close(dx[row : row + 1], want_dx, 64)
