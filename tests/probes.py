@@ -37,6 +37,23 @@ def launches() -> Iterator[list[Any]]:
         yield seen
 
 
+@contextlib.contextmanager
+def kernels_seen() -> Iterator[set[str]]:
+    """The names of the kernels that a block launches; none where no interpreter runs."""
+    names: set[str] = set()
+    if HAS_GPU:
+        yield names
+        return
+    from interpreter import Launch, Observer, observed
+
+    class Names(Observer):
+        def begin(self, launch: Launch) -> None:
+            names.add(launch.kernel)
+
+    with observed(Names()):
+        yield names
+
+
 def reserved(elements: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """A vector of which no memory is taken before it is touched."""
     no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)

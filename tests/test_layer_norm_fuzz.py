@@ -9,10 +9,7 @@ knows: an error of the mean or of x counts κ = |x|·rstd times in x̂.
 """
 
 import contextlib
-import importlib
-from collections.abc import Iterator
 from dataclasses import dataclass
-from unittest import mock
 
 import pytest
 import reference
@@ -20,7 +17,8 @@ import torch
 from cases import FLOATS, compute_dtype, tolerance
 from fuzzing import KINKS, LAYOUTS, fuzz, laid_out
 from hypothesis import strategies as st
-from probes import HAS_GPU, kernels_run, launches
+from probes import HAS_GPU, kernels_run, kernels_seen
+from row_ways import WAYS, taking
 from torch import Tensor
 
 import fastnorm.functional as FF
@@ -34,20 +32,6 @@ pytestmark = pytest.mark.unchecked  # each example is, on its own
 
 KINDS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 LEAVES = ("x", "residual", "weight", "bias")
-SMALL = {
-    "launch": {
-        "WIDEST_ROW": 32,
-        "WIDEST_ROW_BACKWARD": 16,
-        "LOOP_TILE": 32,
-        "COLUMN_TILE": (4, 16),
-        "TILE_BYTES": 512,
-        "ROW_PARTIALS": 16,
-    },
-    "layer_norm": {"ROW_PARTIALS": 16},
-    "sums": {"MERGE_PARTIALS": 4},
-}
-WAYS = {"shipped": None, "one program": 1, "few programs": 3, "many programs": 64}
-"""The multiprocessors for which launches are planned, with the small constants."""
 
 
 @dataclass(frozen=True)
@@ -128,20 +112,6 @@ def cases(draw: st.DrawFn) -> Case:
         way=way,
         seed=draw(st.integers(0, 99)),
     )  # fmt: skip
-
-
-@contextlib.contextmanager
-def taking(way: str, kernels: bool) -> Iterator[None]:
-    """Make small rows take the ways of long ones."""
-    with contextlib.ExitStack() as stack:
-        if kernels and WAYS[way] is not None:
-            launch = importlib.import_module("fastnorm.kernels.launch")
-            for module, constants in SMALL.items():
-                owner = importlib.import_module(f"fastnorm.kernels.{module}")
-                for name, value in constants.items():
-                    stack.enter_context(mock.patch.object(owner, name, value))
-            stack.enter_context(launch.assume(launch.Device(WAYS[way])))
-        yield
 
 
 # ---- one case ------------------------------------------------------------------------------------
@@ -375,9 +345,9 @@ KERNELS = {
 
 def test_layer_norm(backend):
     kernels = kernels_run(backend)
-    with launches() as seen:
+    with kernels_seen() as seen:
         fuzz(cases(), lambda case: check(case, backend), 120 if kernels else 250)
-    assert {launch.kernel for launch in seen} == (KERNELS if kernels and not HAS_GPU else set())
+    assert seen == (KERNELS if kernels and not HAS_GPU else set())
 
 
 @pytest.mark.slow
