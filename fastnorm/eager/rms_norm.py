@@ -76,14 +76,15 @@ def _normalize(
 ) -> tuple[Tensor, Tensor]:
     """The output, contiguous, and rstd (rows, 1) in the wider dtype."""
     dtype = _WIDER.get(input.dtype, input.dtype)
+    if input.numel() < SMALL:
+        wide = input.to(dtype, memory_format=torch.contiguous_format)
+        axes = tuple(range(-len(shape), 0))
+        rstd = (wide.square().mean(axes, keepdim=True) + eps).rsqrt_()
+        z = wide * rstd
+        z = z if weight is None else z.mul_(weight.to(dtype))
+        return z.to(input.dtype), rstd.view(-1, 1)
     size = torch.Size(shape).numel()
     x, w = input.reshape(-1, size), _vector(weight, dtype)
-    if input.numel() < SMALL:
-        wide = x.to(dtype)
-        rstd = (wide.square().mean(1, keepdim=True) + eps).rsqrt_()
-        z = wide * rstd
-        z = (z if w is None else z.mul_(w)).to(input.dtype)
-        return z.view(input.shape), rstd
     y = native.empty_like(input, memory_format=torch.contiguous_format)
     rstd = torch.empty(x.shape[0], 1, dtype=dtype)
     for rows in _chunks(x):
