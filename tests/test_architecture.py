@@ -15,6 +15,10 @@ else:
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # top to bottom; a file may import only from its own layer and those below
     "fastnorm.cli",
+    "fastnorm.signals",
+    "fastnorm.init",
+    "fastnorm.structure",
+    "fastnorm.tables",
     "fastnorm.modules",
     "fastnorm.functional",
     "fastnorm.checks",

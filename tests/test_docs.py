@@ -40,7 +40,12 @@ def public() -> dict[str, object]:
         and value.__module__ == "fastnorm.functional"
         and not name.startswith("_")
     }
-    return {n: v for n, v in found.items() if not inspect.ismodule(v)} | functional
+    parts = {
+        f"{module.__name__}.{name}": getattr(module, name)
+        for module in (fastnorm.init,)
+        for name in module.__all__
+    }
+    return {n: v for n, v in found.items() if not inspect.ismodule(v)} | functional | parts
 
 
 def blocks(path: Path) -> list[tuple[int, str, str]]:
