@@ -1,6 +1,6 @@
 """Fused normalization layers for PyTorch: Triton kernels on a GPU, PyTorch operators elsewhere."""
 
-from fastnorm import functional, init
+from fastnorm import functional, init, signals
 from fastnorm.backend import backend_for, use_backend
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.modules.layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
@@ -27,6 +27,7 @@ __all__ = [
     "Conv3dBatchNorm",
     "functional",
     "init",
+    "signals",
     "use_backend",
     "backend_for",
 ]

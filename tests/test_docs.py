@@ -42,7 +42,7 @@ def public() -> dict[str, object]:
     }
     parts = {
         f"{module.__name__}.{name}": getattr(module, name)
-        for module in (fastnorm.init,)
+        for module in (fastnorm.init, fastnorm.signals)
         for name in module.__all__
     }
     return {n: v for n, v in found.items() if not inspect.ismodule(v)} | functional | parts

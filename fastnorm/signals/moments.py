@@ -1,0 +1,153 @@
+"""Sums over a tensor that stay on its device: a few small operators a call, no synchronization."""
+
+import math
+
+import torch
+from torch import Tensor
+
+MANY = 256
+"""Results of single calls that are kept before they are merged."""
+
+
+def units_axis(tensor: Tensor, last: bool) -> int:
+    """The axis of units (channels, features): the last, or 1 as in convolutions."""
+    return tensor.dim() - 1 if last or tensor.dim() < 2 else 1
+
+
+def spread(tensor: Tensor, axis: int, count: int) -> Tensor:
+    """About `count` elements, evenly spread over all axes but `axis`: (values, units) in float64.
+
+    Float64 because squares of what a float32 holds overflow in float32; MPS has none.
+    """
+    tensor = tensor.detach()
+    if tensor.dim() == 0:
+        tensor = tensor.reshape(1, 1)
+    excess = tensor.numel() / count
+    # the innermost axis last: its elements share cache lines
+    axes = [a for a in (*range(tensor.dim() - 2, -1, -1), tensor.dim() - 1) if a != axis]
+    for left, a in zip(range(len(axes) - 2, -2, -1), axes, strict=True):
+        if excess <= 1:
+            break
+        size = tensor.shape[a]
+        step = min(math.ceil(excess ** (1 / max(left, 1))), size)
+        start = step // 2  # borders are rarely like the rest
+        tensor = tensor[(slice(None),) * a + (slice(start, None, step),)]
+        excess *= tensor.shape[a] / size
+    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
+    return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis]).to(wide)
+
+
+class First:
+    """When a quantity was not finite first; the quantities wait on the device until asked for."""
+
+    def __init__(self) -> None:
+        self.values: list[Tensor] = []
+        self.events: list[int] = []
+        self.before: Tensor | None = None
+
+    def add(self, value: Tensor, event: int) -> None:
+        """`value`, 0-dimensional, was seen at the time `event`."""
+        self.values.append(value)
+        self.events.append(event)
+        if len(self.values) >= MANY:
+            self._merge()
+
+    def _merge(self) -> None:
+        """All events so far as one: inf where all were finite."""
+        stacked = torch.stack([value.to(self.values[0].device) for value in self.values])
+        events = torch.tensor(self.events, dtype=torch.float32).to(stacked.device)
+        first = torch.where(stacked.isfinite(), math.inf, events).min()
+        self.before = first if self.before is None else torch.minimum(first, self.before)
+        self.values, self.events = [], []
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return self.values if self.before is None else [*self.values, self.before]
+
+    def number(self, values: list[float]) -> float:
+        """The first event that was not finite, from the values of `parts`; inf: there was none."""
+        merged = values[len(self.events) :]
+        found = [e for e, v in zip(self.events, values, strict=False) if not math.isfinite(v)]
+        return float(min([*merged, *found], default=math.inf))
+
+
+class Moments:
+    """Count, mean, Σ(x − mean)², zeros and saturated values, merged over calls (Chan)."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.count = 0
+        self.parts: list[Tensor] = []  # mean, Σ(x − mean)², not zero, saturated
+        self.failed = First()
+
+    def add(self, sample: Tensor, bounds: tuple[float, ...] = ()) -> None:
+        """One call's sample."""
+        count = sample.numel()
+        self.calls += 1
+        if count == 0:
+            return
+        mean = sample.mean()
+        m2 = torch.linalg.vector_norm(sample - mean).square()
+        nonzero = torch.count_nonzero(sample)
+        saturated = _saturated(sample, bounds) if bounds else nonzero
+        if self.count:
+            before, both = self.parts, self.count + count
+            delta = mean - before[0]
+            mean = before[0] + delta * (count / both)
+            m2 = before[1] + m2 + delta.square() * (self.count * count / both)
+            nonzero, saturated = nonzero + before[2], saturated + before[3]
+        self.parts = [mean, m2, nonzero, saturated]
+        self.count += count
+
+    def numbers(self, values: list[float]) -> dict[str, float]:
+        """The results, from the values of `parts`."""
+        if not values:
+            return dict.fromkeys(("mean", "std", "zeros", "saturated"), math.nan)
+        mean, m2, nonzero, saturated = values
+        variance = m2 / self.count
+        return {
+            "mean": mean,
+            "std": math.sqrt(variance) if variance >= 0 else math.nan,
+            "zeros": 1 - nonzero / self.count,
+            "saturated": saturated / self.count,
+        }
+
+
+class Norms:
+    """The root mean square, over calls, of a norm."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.squares: Tensor | None = None
+        self.failed = First()
+
+    def add(self, tensor: Tensor, event: int) -> None:
+        norm = vector_norm(tensor)
+        self.failed.add(norm, event)
+        wide = norm if norm.device.type == "mps" else norm.double()
+        self.calls += 1
+        self.squares = wide.square() if self.squares is None else self.squares + wide.square()
+
+    @property
+    def parts(self) -> list[Tensor]:
+        return [] if self.squares is None else [self.squares]
+
+    def number(self, values: list[float]) -> float:
+        """The result, from the value of `parts`."""
+        if not values:
+            return math.nan
+        return math.sqrt(values[0] / self.calls) if values[0] >= 0 else math.nan
+
+
+def vector_norm(tensor: Tensor) -> Tensor:
+    """√Σx², in float32 at least; not finite where an element is not, or above 1e19."""
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+    return norm
+
+
+def _saturated(sample: Tensor, bounds: tuple[float, ...]) -> Tensor:
+    """How many values lie within 1 % of the span from a bound."""
+    low, high = bounds
+    margin = 0.01 * (high - low)
+    return ((sample <= low + margin) | (sample >= high - margin)).sum()

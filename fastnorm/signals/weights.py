@@ -1,0 +1,101 @@
+"""What a layer's weight does: its norm, its gradient's, its last update, and units that are alike.
+
+Two units stay alike for ever when their weights are equal and get equal gradients. Each row of the
+weight, and of its gradient, is projected onto one fixed vector: equal rows have equal projections,
+and different rows do not, but by a coincidence in both.
+"""
+
+import functools
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastnorm.signals.moments import vector_norm
+
+ALIKE = 1e-5
+"""Projections that differ by less, of the largest, are equal: rounding moves them by 1e-7."""
+COLUMNS = 128
+"""Of a long row its first elements serve."""
+
+
+class Weight:
+    """Watches one parameter named `weight`; tensors stay on its device."""
+
+    def __init__(self, module: nn.Module, parameter: nn.Parameter) -> None:
+        self.parameter = parameter
+        self.rows = _rows_of(module)
+        self.gradient_norm: Tensor | None = None
+        self.ratio: Tensor | None = None
+        self.projections: tuple[Tensor, Tensor] | None = None
+        self._before: Tensor | None = None
+
+    @torch.no_grad()
+    def after_backward(self, parameter: Tensor) -> None:
+        """Called when the gradient is complete, and still there."""
+        gradient = parameter.grad
+        if gradient is None:
+            return
+        if gradient.is_sparse:
+            gradient = gradient.coalesce().values()
+            self.gradient_norm = vector_norm(gradient)
+            return
+        self.gradient_norm = vector_norm(gradient)
+        if self.rows is not None:
+            self.projections = _project(parameter, self.rows), _project(gradient, self.rows)
+
+    @torch.no_grad()
+    def before_step(self, sample: int) -> None:
+        self._before = self._part(sample).clone()
+
+    @torch.no_grad()
+    def after_step(self, sample: int) -> None:
+        if self._before is None:
+            return
+        change = vector_norm(self._part(sample) - self._before)
+        self.ratio = change / vector_norm(self._before)
+        self._before = None
+
+    def norm(self) -> Tensor:
+        return vector_norm(self.parameter.detach())
+
+    def _part(self, sample: int) -> Tensor:
+        flat = self.parameter.detach().flatten()
+        return flat[:: max(1, math.ceil(flat.numel() / max(sample, 1)))]
+
+
+def alike(weights: Tensor, gradients: Tensor) -> float:
+    """The share of units that have a twin, from the projections, on the CPU."""
+    if len(weights) < 2 or not (weights.isfinite().all() and gradients.isfinite().all()):
+        return 0.0
+    keys = _steps(weights) * (4 / ALIKE) + _steps(gradients)
+    _, counts = torch.unique(keys, return_counts=True)
+    return float(counts[counts > 1].sum()) / len(weights)
+
+
+def _steps(values: Tensor) -> Tensor:
+    values = values.double()
+    scale = values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    return (values / (ALIKE * scale)).round()
+
+
+def _rows_of(module: Any) -> int | None:
+    """The axis of the weight that counts units; None where that has no meaning."""
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return 1 if module.groups == 1 else None
+    kinds = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd)
+    return 0 if isinstance(module, kinds) and getattr(module, "groups", 1) == 1 else None
+
+
+def _project(weight: Tensor, axis: int) -> Tensor:
+    rows = weight.detach().movedim(axis, 0).flatten(1)[:, :COLUMNS]
+    wide = torch.promote_types(rows.dtype, torch.float32)
+    return rows.to(wide) @ _vector(rows.shape[1], wide, rows.device)
+
+
+@functools.cache
+def _vector(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The fractional parts of k·φ: spread evenly, without a pattern that a weight could have."""
+    index = torch.arange(size, device=device, dtype=torch.float32)
+    return (index * 0.6180339887).frac_().to(dtype).add_(0.5)
