@@ -30,6 +30,10 @@ COMMANDS = {
         "train one network twice, with torch.nn and with fastnorm layers, and compare the two",
         needs=("rich", "matplotlib", "sklearn"),
     ),
+    "study": Command(
+        "see on small networks what initialization and normalization do",
+        needs=("rich", "matplotlib", "sklearn"),
+    ),
 }
 
 

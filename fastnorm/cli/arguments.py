@@ -112,6 +112,7 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
         self._values: dict[str, Value] = {}
+        self._flags: list[str] = []
 
     def option(
         self, name: str, value: Value, *, help: str, default: object = None, otherwise: str = ""
@@ -127,10 +128,25 @@ class Parser(argparse.ArgumentParser):
             help=f"{help} ({value.allowed}; default: {shown})".replace("%", "%%"),
         )
 
+    def word(self, name: str, value: Value, *, help: str) -> None:
+        """Adds an argument without dashes, which must be there."""
+        self._values[name.upper()] = value
+        text = f"{help} ({value.allowed})".replace("%", "%%")
+        self.add_argument(name, nargs="?", type=value, metavar=name.upper(), help=text)
+
+    def flag(self, name: str, *, help: str) -> None:
+        """Adds an option that takes no value."""
+        self._flags.append(name)
+        self.add_argument(name, action="store_true", help=help)
+
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         known, unknown = self.parse_known_args(arguments)
         if unknown:
-            raise UsageError(f"argument {unknown[0]}: unknown (allowed: {', '.join(self._values)})")
+            allowed = ", ".join((*self._values, *self._flags))
+            raise UsageError(f"argument {unknown[0]}: unknown (allowed: {allowed})")
+        for name, value in self._values.items():
+            if not name.startswith("-") and getattr(known, name.lower()) is None:
+                raise UsageError(f"argument {name}: missing (allowed: {value.allowed})")
         return known
 
     def error(self, message: str) -> NoReturn:
