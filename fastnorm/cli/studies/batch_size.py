@@ -8,7 +8,7 @@ from fastnorm.cli.studies.outcome import COLOURS, Outcome, Settings, figure, lin
 from fastnorm.cli.studies.training import NORMS, accuracy, batches, convnet, train
 
 NAMES = ("batch", "layer", "group")
-SIZES, QUICK_SIZES = (2, 4, 8, 16, 32, 64, 128, 256), (8, 128)
+SIZES, QUICK_SIZES = (2, 4, 8, 16, 32, 64, 128, 256), (16, 128)
 IMAGES, QUICK_IMAGES = 3 * 1437, 1437
 RATE, RATE_BATCH = 0.1, 32
 """At other batches in proportion (Goyal et al. 2017), but never above 0.4."""

@@ -18,8 +18,8 @@ from fastnorm.cli.studies.outcome import (
 )
 from fastnorm.cli.studies.training import accuracy, batches, loss_of, train
 
-WIDTH, BATCH, RATE = 64, 64, 0.03
-BLOCKS, QUICK_BLOCKS = (1, 4, 16, 48), (2, 16)
+WIDTH, BATCH, RATE = 64, 64, 0.01
+BLOCKS, QUICK_BLOCKS = (1, 4, 16, 48), (1, 8)
 STEPS, QUICK_STEPS = 200, 60
 
 

@@ -119,8 +119,8 @@ def _table(found: Found) -> Table:
     columns = ("", "running", "batch", "alone", "alone, own", "gap")
     note = (
         f"Test accuracy in %, mean ± deviation over seeds, after {STEPS} steps ({QUICK_STEPS} with "
-        f"--quick) at rate {RATE:g}: by running averages; by the statistics of all 360 test images; "
-        f"for {ALONE} images one at a time, by running averages and by the image's own. gap: mean "
+        f"--quick) at rate {RATE:g}: by running averages; by the statistics of all test images; "
+        f"for {ALONE} images one at a time, by running averages and by their own. gap: mean "
         "distance of the test images' means from the running ones, in running deviations, at the "
         "worst layer."
     )
