@@ -319,7 +319,7 @@ def test_what_was_seen_of_running_averages():
     found = {(0.001, 4): one(0.3, 0.8), (None, 64): one(0.9, 0.85)}
     first, second = train_eval._sentences(found)
     assert "cost most with momentum 0.001 and batches of 4: 50.0 points" in first
-    assert "least with momentum cumulative and batches of 64: -5.0 points" in first
+    assert "least with momentum 1/n and batches of 64: -5.0 points" in first
     assert "90.0 % by running averages, 20.0 % by the image's own" in second
 
 

@@ -442,6 +442,24 @@ def test_our_norms_end_a_branch_with_its_sum():
     assert torch.equal(model(x), x.relu())
 
 
+def test_our_norms_of_a_sum_end_the_branch_before():
+    class Ours(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.norm = fastnorm.AddLayerNorm(4)
+
+        def forward(self, x):
+            y, total = self.norm(self.b(self.a(x).relu()), x)
+            return total + y
+
+    model = nn.Sequential(Ours(), Ours())
+    assert "0.b" in [branch.end for branch in read(model).branches]
+    report = init.initialize(Ours(), residual="zero")
+    assert report["b"].std == 0
+    assert report["a"].std > 0
+
+
 class Attention(nn.Module):
     def __init__(self):
         super().__init__()

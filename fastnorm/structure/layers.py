@@ -2,6 +2,7 @@
 
 from torch import nn
 
+from fastnorm.modules.layer_norm import AddLayerNorm, AddRMSNorm
 from fastnorm.modules.linear_batch_norm import LinearBatchNorm, _ConvBatchNorm
 
 CONVOLUTIONS = (nn.modules.conv._ConvNd,)
@@ -47,7 +48,7 @@ def fused_parts(module: nn.Module) -> tuple[str, str] | None:
 
 def adds_first(module: nn.Module) -> bool:
     """Whether a norm with a residual normalizes the sum, rather than adding to what it computed."""
-    return any(base.__name__ in ("AddLayerNorm", "AddRMSNorm") for base in type(module).__mro__)
+    return isinstance(module, AddLayerNorm | AddRMSNorm)
 
 
 def is_unit(module: nn.Module) -> bool:

@@ -118,6 +118,7 @@ def _table(found: Found) -> Table:
         rows.append((f"batch {size}, {_name(momentum)}", *cells, gap))
     columns = ("", "running", "batch", "alone", "alone, own", "gap")
     note = (
+        f"batch, momentum (1/n: cumulative, momentum=None). "
         f"Test accuracy in %, mean ± deviation over seeds, after {STEPS} steps ({QUICK_STEPS} with "
         f"--quick) at rate {RATE:g}: by running averages; by the statistics of all test images; "
         f"for {ALONE} images one at a time, by running averages and by their own. gap: mean "
@@ -128,7 +129,7 @@ def _table(found: Found) -> Table:
 
 
 def _name(momentum: float | None) -> str:
-    return "cumulative" if momentum is None else f"{momentum:g}"
+    return "1/n" if momentum is None else f"{momentum:g}"
 
 
 def _plot(found: Found) -> bytes:
