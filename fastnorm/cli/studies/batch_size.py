@@ -10,8 +10,8 @@ from fastnorm.cli.studies.training import NORMS, accuracy, batches, convnet, tra
 NAMES = ("batch", "layer", "group")
 SIZES, QUICK_SIZES = (2, 4, 8, 16, 32, 64, 128, 256), (16, 128)
 IMAGES, QUICK_IMAGES = 3 * 1437, 1437
-RATE, RATE_BATCH = 0.1, 32
-"""At other batches in proportion (Goyal et al. 2017), but never above 0.4."""
+RATE, RATE_BATCH, HIGHEST, MOMENTUM = 0.03, 32, 0.1, 0.9
+"""At other batches in proportion (Goyal et al. 2017), but never above the highest."""
 
 Found = dict[tuple[str, int], list[tuple[float, float]]]
 
@@ -47,8 +47,8 @@ def _train(settings: Settings, norm: str, size: int, seed: int) -> tuple[float, 
     images = settings.images
     model = convnet(NORMS[norm], images)
     count = (QUICK_IMAGES if settings.quick else IMAGES) // size
-    rate = min(RATE * size / RATE_BATCH, 0.4)
-    for _ in train(model, batches(images, size, seed), rate, count):
+    rate = min(RATE * size / RATE_BATCH, HIGHEST)
+    for _ in train(model, batches(images, size, seed), rate, count, MOMENTUM):
         pass
     return accuracy(model, images), accuracy(model, images, training=True)
 
@@ -65,9 +65,9 @@ def _table(found: Found, sizes: tuple[int, ...]) -> Table:
         rows.append((str(size), cells[0], own, *cells[1:]))
     note = (
         f"Test accuracy in %, mean ± deviation over seeds, after {IMAGES:,} digits "
-        f"({QUICK_IMAGES:,} with --quick) at a learning rate in proportion to the batch. The "
-        "second column of batch norm takes the 360 test images' own statistics, not the running "
-        "averages."
+        f"({QUICK_IMAGES:,} with --quick), by SGD with momentum {MOMENTUM:g} and a learning rate "
+        f"of {RATE:g} at {RATE_BATCH}, in proportion to the batch up to {HIGHEST:g}. The second "
+        "column of batch norm takes the 360 test images' own statistics, not the running averages."
     )
     columns = ("batch", "batch norm", "own statistics", "layer norm", "group norm")
     return Table("Accuracy by batch size", columns, rows, note)

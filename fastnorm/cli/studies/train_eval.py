@@ -118,7 +118,7 @@ def _table(found: Found) -> Table:
         rows.append((f"batch {size}, {_name(momentum)}", *cells, gap))
     columns = ("", "running", "batch", "alone", "alone, own", "gap")
     note = (
-        f"batch, momentum (1/n: cumulative, momentum=None). "
+        "Rows: batch and momentum, 1/n where it is None, the cumulative average. "
         f"Test accuracy in %, mean ± deviation over seeds, after {STEPS} steps ({QUICK_STEPS} with "
         f"--quick) at rate {RATE:g}: by running averages; by the statistics of all test images; "
         f"for {ALONE} images one at a time, by running averages and by their own. gap: mean "

@@ -54,10 +54,14 @@ def loss_of(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
 
 
 def train(
-    model: nn.Module, data: Iterator[tuple[Tensor, Tensor]], rate: float, steps: int
+    model: nn.Module,
+    data: Iterator[tuple[Tensor, Tensor]],
+    rate: float,
+    steps: int,
+    momentum: float = 0.0,
 ) -> Iterator[float]:
-    """Plain gradient descent, a loss for each step; ends early where the loss is not finite."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=rate)
+    """Gradient descent, a loss for each step; ends early where the loss is not finite."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
     for _ in range(steps):
         images, labels = next(data)
         loss = loss_of(model, images, labels)
