@@ -23,13 +23,14 @@ def spread(tensor: Tensor, axis: int, count: int) -> Tensor:
     if tensor.dim() == 0:
         tensor = tensor.reshape(1, 1)
     excess = tensor.numel() / count
-    # the innermost axis last: its elements share cache lines
+    # positions before samples, the innermost axis last: its elements share cache lines
     axes = [a for a in (*range(tensor.dim() - 2, -1, -1), tensor.dim() - 1) if a != axis]
-    for left, a in zip(range(len(axes) - 2, -2, -1), axes, strict=True):
+    for a in axes:
         if excess <= 1:
             break
         size = tensor.shape[a]
-        step = min(math.ceil(excess ** (1 / max(left, 1))), size)
+        most = size if a == axes[-1] else max(1, size // 4)
+        step = min(math.ceil(excess), most)
         start = step // 2  # borders are rarely like the rest
         tensor = tensor[(slice(None),) * a + (slice(start, None, step),)]
         excess *= tensor.shape[a] / size
