@@ -10,6 +10,8 @@ from fastnorm.cli.studies.training import NORMS, accuracy, batches, convnet, tra
 NAMES = ("batch", "layer", "group")
 SIZES, QUICK_SIZES = (2, 4, 8, 16, 32, 64, 128, 256), (16, 128)
 IMAGES, QUICK_IMAGES = 3 * 1437, 1437
+LEAST, QUICK_LEAST = 100, 20
+"""Steps, where that many images are fewer: else large batches would hardly train."""
 RATE, RATE_BATCH, HIGHEST, MOMENTUM = 0.03, 32, 0.1, 0.9
 """At other batches in proportion (Goyal et al. 2017), but never above the highest."""
 
@@ -46,7 +48,8 @@ def _train(settings: Settings, norm: str, size: int, seed: int) -> tuple[float, 
     torch.manual_seed(seed)
     images = settings.images
     model = convnet(NORMS[norm], images)
-    count = (QUICK_IMAGES if settings.quick else IMAGES) // size
+    seen, least = (QUICK_IMAGES, QUICK_LEAST) if settings.quick else (IMAGES, LEAST)
+    count = max(seen // size, least)
     rate = min(RATE * size / RATE_BATCH, HIGHEST)
     for _ in train(model, batches(images, size, seed), rate, count, MOMENTUM):
         pass
@@ -64,8 +67,9 @@ def _table(found: Found, sizes: tuple[int, ...]) -> Table:
         own = spread(_values(found, "batch", size, 1), scale=100)
         rows.append((str(size), cells[0], own, *cells[1:]))
     note = (
-        f"Test accuracy in %, mean ± deviation over seeds, after {IMAGES:,} digits "
-        f"({QUICK_IMAGES:,} with --quick), by SGD with momentum {MOMENTUM:g} and a learning rate "
+        f"Test accuracy in %, mean ± deviation over seeds, after {IMAGES:,} digits but at least "
+        f"{LEAST} steps ({QUICK_IMAGES:,} and {QUICK_LEAST} with --quick), by SGD with momentum "
+        f"{MOMENTUM:g} and a learning rate "
         f"of {RATE:g} at {RATE_BATCH}, in proportion to the batch up to {HIGHEST:g}. The second "
         "column of batch norm takes the 360 test images' own statistics, not the running averages."
     )
