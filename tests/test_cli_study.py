@@ -18,9 +18,10 @@ from fastnorm.cli.studies import STUDIES, batch_size, init, normalization, resid
 from fastnorm.cli.studies.outcome import Settings, deviation, geometric, listed, mean, spread
 from fastnorm.cli.studies.training import NORMS, accuracy, batches, convnet, train
 
-# The others train for ten seconds and more.
+
+# The other two train for tens of seconds where cores are shared.
 QUICK = [
-    name if name in ("init", "residual") else pytest.param(name, marks=pytest.mark.slow)
+    pytest.param(name, marks=pytest.mark.slow) if name in ("normalization", "batch-size") else name
     for name in STUDIES
 ]
 
@@ -88,16 +89,18 @@ def test_files_and_what_they_hold(finished):
     assert len(err.splitlines()) <= 10
 
 
-def test_a_study_is_the_same_again(finished, tmp_path, capsys):
-    name, folder, _, _ = finished
-    if name != "residual":
-        pytest.skip("one study is enough: they share their seeds' use")
-    assert main(["study", name, "--quick", "--seeds", "1", "--out", str(tmp_path / "x")]) == 0
-    first, again = (
-        json.loads((path / "result.json").read_text())["results"]
-        for path in (folder, tmp_path / "x")
-    )
-    assert {key: values[:1] for key, values in first.items()} == again
+def test_seeds_are_heeded_and_decide(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(residual, "QUICK_STEPS", 3)
+    monkeypatch.setattr(residual, "QUICK_BLOCKS", (1, 2))
+
+    def results(seeds):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        assert main(["study", "residual", "--quick", "--seeds", seeds, "--out", str(folder)]) == 0
+        return json.loads((folder / "result.json").read_text())["results"]
+
+    two = results("2")
+    assert results("1") == {key: values[:1] for key, values in two.items()}
+    assert all(one != other for one, other in two.values())
 
 
 def test_every_study_counts_its_steps():

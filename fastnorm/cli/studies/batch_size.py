@@ -69,9 +69,9 @@ def _table(found: Found, sizes: tuple[int, ...]) -> Table:
     note = (
         f"Test accuracy in %, mean ± deviation over seeds, after {IMAGES:,} digits but at least "
         f"{LEAST} steps ({QUICK_IMAGES:,} and {QUICK_LEAST} with --quick), by SGD with momentum "
-        f"{MOMENTUM:g} and a learning rate "
-        f"of {RATE:g} at {RATE_BATCH}, in proportion to the batch up to {HIGHEST:g}. The second "
-        "column of batch norm takes the 360 test images' own statistics, not the running averages."
+        f"{MOMENTUM:g} and a learning rate of {RATE:g} at {RATE_BATCH}, in proportion to the batch "
+        f"up to {HIGHEST:g}. The second column of batch norm takes the 360 test images' own "
+        "statistics, not the running averages."
     )
     columns = ("batch", "batch norm", "own statistics", "layer norm", "group norm")
     return Table("Accuracy by batch size", columns, rows, note)
