@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import fx, nn
 
@@ -125,7 +125,7 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
     return found
 
 
-def descend(node: fx.Node, through: object) -> Iterator[fx.Node]:
+def descend(node: fx.Node, through: Callable[[fx.Node], bool]) -> Iterator[fx.Node]:
     """Users of `node`, nearest first, and users of those for which `through(user)` holds."""
     todo, seen = list(node.users), {node}
     while todo:
@@ -134,5 +134,5 @@ def descend(node: fx.Node, through: object) -> Iterator[fx.Node]:
             continue
         seen.add(user)
         yield user
-        if callable(through) and through(user):
+        if through(user):
             todo += list(user.users)
