@@ -406,9 +406,12 @@ def test_saturated_units(activation, scale):
     if activation is nn.Hardtanh:  # of unit normal numbers a third is beyond 1
         scale = scale / 2
     x = torch.randn(256, 64) * scale
-    seen = recorded(model, x)
-    share = (model[1](model[0](x)) - 0.5).abs().ge(0.49 if activation is nn.Sigmoid else 0)
-    assert by_name(seen)["1"].saturated <= share.double().mean()
+    seen = recorded(model, x, sample=10**6)
+    low = 0 if activation is nn.Sigmoid else -1
+    margin = 0.01 * (1 - low)
+    y = model[1](model[0](x)).double()
+    share = ((y <= low + margin) | (y >= 1 - margin)).double().mean().item()
+    assert by_name(seen)["1"].saturated == pytest.approx(share, abs=1e-12)
     assert found(seen, "saturated units") == (["1"] if scale > 1 else [])
 
 
@@ -430,6 +433,26 @@ def test_identical_units(how, names):
     seen = recorded(model, torch.randn(32, 8), loss=lambda y: F.mse_loss(y, targets))
     # the last layer's units have gradients of their own, unless nothing reaches it
     assert found(seen, "identical units") == names
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("constant", [False, True])
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_identical_channels(memory_format, constant, kind):
+    model = nn.Sequential(kind(70, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    if constant:
+        nn.init.constant_(model[0].weight, 0.1)
+        nn.init.constant_(model[2].weight, 0.1)
+    model.to(memory_format=memory_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model[0].weight.detach().clone()
+    with signals.record(model, optimizer=optimizer) as seen:
+        model(torch.randn(8, 70, 5, 5)).square().mean().backward()
+        optimizer.step()
+    # the last layer's biases tell its units apart
+    assert found(seen, "identical units") == (["0"] if constant else [])
+    want = (model[0].weight.detach() - before).norm() / before.norm()
+    assert by_name(seen)["0"].update_ratio == pytest.approx(want.item(), rel=1e-4)
 
 
 def test_zero_weights_with_gradients_of_their_own_are_not_identical():

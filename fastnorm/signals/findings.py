@@ -152,7 +152,7 @@ def _saturated(signals: Signals) -> Iterator[Finding]:
             yield Finding(
                 layer.name,
                 "saturated units",
-                f"{layer.saturated:.0%} of the outputs are within 1 % of a bound",
+                f"{layer.saturated:.0%} of the outputs are within 1 % of the span from a bound",
                 "smaller weights (Xavier), a norm before the activation, or standardized inputs",
             )
 

@@ -28,7 +28,7 @@ class LayerSignal:
     zeros: float
     """Share of the output that is exactly 0."""
     saturated: float
-    """Share of a bounded activation's output within 1 % of a bound."""
+    """Share of a bounded activation's output within 1 % of its span from a bound."""
     dead: float
     """Share of a ReLU's units that were 0 for every value."""
     values: int

@@ -20,7 +20,7 @@ from fastnorm.signals.watch import Watch, activation_of
 from fastnorm.signals.weights import Weight
 from fastnorm.structure import activations, layers
 
-SAMPLE = 2**14
+SAMPLE = 2**13
 
 
 def record(

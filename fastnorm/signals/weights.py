@@ -17,7 +17,7 @@ from fastnorm.signals.moments import vector_norm
 ALIKE = 1e-5
 """Projections that differ by less, of the largest, are equal: rounding moves them by 1e-7."""
 COLUMNS = 128
-"""Of a long row its first elements serve."""
+"""Of a long row about the first so many elements serve."""
 
 
 class Weight:
@@ -61,8 +61,9 @@ class Weight:
         return vector_norm(self.parameter.detach())
 
     def _part(self, sample: int) -> Tensor:
-        flat = self.parameter.detach().flatten()
-        return flat[:: max(1, math.ceil(flat.numel() / max(sample, 1)))]
+        whole = self.parameter.detach()
+        step = max(1, math.ceil(whole.numel() / sample))
+        return whole[:: min(step, len(whole))] if whole.dim() else whole
 
 
 def alike(weights: Tensor, gradients: Tensor) -> float:
@@ -89,7 +90,10 @@ def _rows_of(module: Any) -> int | None:
 
 
 def _project(weight: Tensor, axis: int) -> Tensor:
-    rows = weight.detach().movedim(axis, 0).flatten(1)[:, :COLUMNS]
+    units = weight.detach().movedim(axis, 0)
+    # cut before it is flattened, which copies a weight in channels_last
+    taps = units[0, 0].numel() if units.numel() else 1
+    rows = units[:, : max(1, COLUMNS // taps)].flatten(1)
     wide = torch.promote_types(rows.dtype, torch.float32)
     return rows.to(wide) @ _vector(rows.shape[1], wide, rows.device)
 
