@@ -16,6 +16,8 @@ BOUNDS = {
     "tanh": (-1.0, 1.0), "sigmoid": (0.0, 1.0), "hardtanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0),
     "softsign": (-1.0, 1.0),
 }  # fmt: skip
+SMALL_PLANE = 200
+"""Positions, below which torch reduces over samples and positions at once 5 to 25 times slower."""
 DYING = frozenset(("relu", "relu6"))
 WEIGHTED = (
     nn.Linear, nn.Bilinear, *layers.CONVOLUTIONS, *layers.RECURRENT, *layers.FUSED,
@@ -47,7 +49,7 @@ class Watch:
         self.output.add(picked, self.bounds)
         self.output.failed.add(_total(detached), event)
         if self.dying and output.dim() > 1 and output.numel():
-            peak = detached.amax([a for a in range(output.dim()) if a != axis])
+            peak = _peak(detached, axis)
             same = self.peak is not None and self.peak.shape == peak.shape
             self.peak = torch.maximum(self.peak, peak) if same and self.peak is not None else peak
             self.values += output.numel() // output.shape[axis]
@@ -154,6 +156,15 @@ class BatchNormGap:
             seen["mean_gap"], seen["var_gap"], seen["batches_tracked"] = numbers[:3]
             seen["gap_samples"] = self.batch
         return seen
+
+
+def _peak(output: Tensor, axis: int) -> Tensor:
+    """The largest value of each unit."""
+    others = [a for a in range(output.dim()) if a != axis]
+    plane = output[0, 0].numel()
+    if axis == 1 and 1 < plane < SMALL_PLANE and output.is_contiguous():
+        output = output.amax(0, keepdim=True)  # vectorized along channels and positions
+    return output.amax(others)
 
 
 def _bounds(module: Any, activation: Activation | None) -> tuple[float, ...]:
