@@ -198,11 +198,12 @@ def row_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> RowPl
         block_m = max(TILE_BYTES // itemsize // block_n, 1)
         warps = _row_warps(block_m * block_n * wide, align)
         return RowPlan(block_m, block_n, warps, 1, 1, 1)
-    block_n = LOOP_TILE // wide
+    elements = LOOP_TILE if align >= 4 else LOOP_TILE // 2
+    block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
     if cdiv(device.multiprocessors, 2) <= M:
         wanted = 1  # a second launch, and x from memory again, cost more than some idle processors
-    warps = _row_warps(LOOP_TILE, align)
+    warps = _row_warps(elements, align)
     return RowPlan(1, block_n, warps, *_shares(cdiv(N, block_n), wanted))
 
 
