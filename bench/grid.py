@@ -5,9 +5,9 @@ adding its file to families/, and its name here.
 """
 
 from case import Case
-from families import batch_norm, layer_norm
+from families import batch_norm, group_norm, layer_norm
 
-FAMILIES = (batch_norm, layer_norm)
+FAMILIES = (batch_norm, layer_norm, group_norm)
 
 # Names of kernel arguments that are as large as the input; the others are parameters, statistics
 # and partial sums.

@@ -3,6 +3,12 @@
 from fastnorm import functional, init, signals
 from fastnorm.backend import backend_for, use_backend
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastnorm.modules.group_norm import (
+    GroupNorm,
+    InstanceNorm1d,
+    InstanceNorm2d,
+    InstanceNorm3d,
+)
 from fastnorm.modules.layer_norm import AddLayerNorm, AddRMSNorm, LayerNorm, RMSNorm
 from fastnorm.modules.linear_batch_norm import (
     Conv1dBatchNorm,
@@ -17,6 +23,10 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "GroupNorm",
+    "InstanceNorm1d",
+    "InstanceNorm2d",
+    "InstanceNorm3d",
     "LayerNorm",
     "RMSNorm",
     "AddLayerNorm",

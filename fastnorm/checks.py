@@ -43,6 +43,13 @@ def momentum(
     )
 
 
+def fixed_momentum(value: object, input: Tensor) -> float | Tensor:
+    """`momentum` where no batches are counted."""
+    found = momentum(value, None, input)
+    assert found is not None  # else it has raised
+    return found
+
+
 def residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:
     try:
         fits = residual.shape == shape
@@ -95,7 +102,6 @@ def batch_statistics(
 ) -> None:
     """What batch norm of a tensor of `shape`, like `input` otherwise, asks of its arguments."""
     axes = len(shape)
-    channels = shape[1] if axes > 1 else 0
     if training:
         if axes and shape[0] <= 1 and _per_channel(shape) == 1:
             raise ValueError(
@@ -116,8 +122,93 @@ def batch_statistics(
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if input.dtype not in FLOATS:
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{_scalar_type(input)}'")
+    _channel_vectors(input, shape, running_mean, running_var, weight, bias)
+    if axes < 2:
+        raise IndexError(f"batch_norm needs an input (N, C) or (N, C, *), but got {list(shape)}")
+
+
+def group_statistics(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """What group norm asks of its arguments."""
+    shape = input.shape
+    if len(shape) < 2:
+        raise RuntimeError(
+            "Expected at least 2 dimensions for input tensor but received "
+            f"{len(shape)}: group_norm needs (N, C) or (N, C, *)"
+        )
+    if type(num_groups) is bool or not isinstance(num_groups, (int, torch.SymInt)):
+        raise TypeError(f"num_groups must be an int, but got {type(num_groups).__name__}")
+    if num_groups == 0:  # torch's own way to say so
+        raise ZeroDivisionError("Expected num groups to be greater than 0, got 0")
+    if num_groups < 0:
+        raise RuntimeError(f"Expected num groups to be greater than 0, got {num_groups}")
+    channels = shape[1]
+    if num_groups <= shape[0] * channels < 2 * num_groups and shape[2:].numel() == 1:
+        # torch's rule, and its sizes: as if all groups were those of one sample
+        raise ValueError(
+            "Expected more than 1 value per channel when training, "
+            f"got input size {[1, num_groups, *shape[2:]]}"
+        )
+    if channels % num_groups:
+        raise RuntimeError(
+            "Expected number of channels in input to be divisible by num_groups, "
+            f"but got input of shape {list(shape)} and num_groups={num_groups}"
+        )
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(f"\"group_norm\" not implemented for '{_scalar_type(input)}'")
+    for tensor in (weight, bias):
+        if tensor is None or (
+            tensor.shape == (channels,) and tensor.dtype in FLOATS and tensor.device == input.device
+        ):
+            continue
+        name = "weight" if tensor is weight else "bias"
+        if tensor.shape != (channels,):
+            raise RuntimeError(
+                f"Expected {name} to be a vector of size equal to the number of channels in "
+                f"input, but got {name} of shape {list(tensor.shape)} and input of shape "
+                f"{list(shape)}"
+            )
+        _refuse(name, tensor, input)
+
+
+def instance_statistics(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+) -> None:
+    """What instance norm asks of its arguments."""
+    shape = input.shape
+    if use_input_stats:
+        if shape[2:].numel() == 1:
+            raise ValueError(
+                "Expected more than 1 spatial element when training, "
+                f"got input size torch.Size({list(shape)})"
+            )
+        if (running_mean is None) != (running_var is None):
+            raise ValueError(
+                "running_mean and running_var must either both be None or neither be None"
+            )
+    elif running_mean is None or running_var is None:
+        missing = "running_mean" if running_mean is None else "running_var"
+        raise RuntimeError(
+            "Expected running_mean and running_var to be defined when use_input_stats is false, "
+            f"but {missing} is None"
+        )
+    if len(shape) < 2:
+        raise IndexError(f"instance_norm needs an input (N, C) or (N, C, *), got {list(shape)}")
+    if input.dtype not in FLOATS:
+        raise NotImplementedError(f"\"instance_norm\" not implemented for '{_scalar_type(input)}'")
+    _channel_vectors(input, shape, running_mean, running_var, weight, bias)
+
+
+def _channel_vectors(input: Tensor, shape: Sequence[int], *small: Tensor | None) -> None:
+    """running_mean, running_var, weight and bias of a tensor of `shape`, where they are there."""
+    channels = shape[1] if len(shape) > 1 else 0
     device = input.device
-    small = (running_mean, running_var, weight, bias)
     for tensor in small:
         if tensor is not None and (
             tensor.numel() != channels or tensor.dtype not in FLOATS or tensor.device != device
@@ -130,8 +221,6 @@ def batch_statistics(
                     f"one for each channel of an input of shape {list(shape)}"
                 )
             _refuse(name, tensor, input)
-    if axes < 2:
-        raise IndexError(f"batch_norm needs an input (N, C) or (N, C, *), but got {list(shape)}")
 
 
 def row_statistics(

@@ -75,3 +75,51 @@ def layer_norm(
     z = x / torch.sqrt((x**2).mean(over, keepdim=True) + eps)
     z = z if weight is None else z * weight
     return ACTIVATIONS[activation](z if bias is None else z + bias)
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    groups = x.reshape(x.shape[0], num_groups, -1)
+    mean = groups.mean(2, keepdim=True)
+    var = ((groups - mean) ** 2).mean(2, keepdim=True)
+    z = ((groups - mean) / torch.sqrt(var + eps)).reshape(x.shape)
+    column = [-1 if axis == 1 else 1 for axis in range(x.ndim)]
+    z = z if weight is None else z * weight.reshape(column)
+    z = z if bias is None else z + bias.reshape(column)
+    z = z if residual is None else z + residual
+    return ACTIVATIONS[activation](z)
+
+
+def instance_norm(
+    x: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, new running_mean, new running_var); nothing is changed in place."""
+    if not use_input_stats:
+        return batch_norm(
+            x, running_mean, running_var, weight, bias, False, 0.0, eps, residual, activation
+        )
+    if running_mean is not None and running_var is not None:
+        instances = x.detach().reshape(*x.shape[:2], -1)
+        s = instances.shape[2]
+        mean = instances.mean(2)
+        var = ((instances - mean[..., None]) ** 2).mean(2)
+        running_mean = (1 - momentum) * running_mean + momentum * mean.mean(0)
+        running_var = (1 - momentum) * running_var + momentum * var.mean(0) * s / (s - 1)
+    y = group_norm(x, x.shape[1], weight, bias, eps, residual, activation)
+    return y, running_mean, running_var

@@ -1,6 +1,15 @@
 """The Triton backend: one autograd function per family, same signatures as `eager`."""
 
 from fastnorm.ops.batch_norm import batch_norm
+from fastnorm.ops.group_norm import group_norm, instance_norm
 from fastnorm.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 
-__all__ = ["add_layer_norm", "add_rms_norm", "batch_norm", "layer_norm", "rms_norm"]
+__all__ = [
+    "add_layer_norm",
+    "add_rms_norm",
+    "batch_norm",
+    "group_norm",
+    "instance_norm",
+    "layer_norm",
+    "rms_norm",
+]

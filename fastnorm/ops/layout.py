@@ -28,6 +28,16 @@ def as_rows(x: Tensor, size: int) -> Tensor:
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
 
+def sample_view(x: Tensor) -> tuple[Tensor, ChannelView]:
+    """The same, for what is computed sample by sample: its N is the batch in both layouts."""
+    dense, _ = channel_view(x)
+    batch, channels = x.shape[:2]
+    positions = x.shape[2:].numel()
+    # where it is both, the longer runs: those of the one channel, or those of the channels
+    columns = positions == 1 or not dense.is_contiguous()
+    return dense, ChannelView(batch, channels, positions, columns)
+
+
 def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
     """`t` with the strides of the dense `x`: itself, or a copy."""
     if t.stride() == x.stride():

@@ -173,10 +173,13 @@ def gradient_sums_of_tiles(
 @triton.jit
 def input_gradient_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
-    first, last, c, cmask, mean, rest, rstd, w, b, dw_mean, db_mean, N, C, S,
+    first, last, c, cmask, mean, rest, rstd, w, b, slope, shift, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dx of the tiles through the batch's statistics, last tile first."""
+    """dx of the tiles through the statistics, last tile first.
+
+    slope and shift are the means of w·dz·x̂ and w·dz over what the statistics were taken of.
+    """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     for i in range(first, last):
         n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
@@ -185,6 +188,6 @@ def input_gradient_of_tiles(
         xhat, dz = load_xhat_dz(
             dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD
         )
-        dx = (dz - db_mean[None, :] - xhat * dw_mean[None, :]) * (rstd * w)[None, :]
+        dx = (dz * w[None, :] - shift[None, :] - xhat * slope[None, :]) * rstd[None, :]
         store_cast(dx_ptr, at, dx, mask)
         store_cast(dz_ptr, at, dz, mask)

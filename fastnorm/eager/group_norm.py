@@ -1,0 +1,320 @@
+"""GroupNorm in torch operators: torch's own where it is fast, a shorter way where it is not.
+
+    y = act(γ (x − μ) rstd + β + r)               μ, rstd: (N, G), of K channels by S positions
+    g = dy ∘ act′(y)     dβ = Σ g     dγ = Σ g (x − μ) rstd     dr = g
+    dx = rstd (γ g − ⟨γ g⟩ − (x − μ) rstd ⟨γ g (x − μ) rstd⟩)        ⟨⟩: the mean over a group
+
+Where torch loses time on a CPU, and what is done about it. Ratios are torch's time over ours;
+bench/bench_eager_group_norm.py measures them, and the ways that were not taken.
+
+* channels_last, backward: torch walks each group's channels by themselves, a sector of memory for a
+  few bytes. The reduction of batch norm's backward, sample by sample, and two elementwise passes
+  take their place (16 bits: in float32, a few rows at a time, lest what lies between is rounded).
+* From 32 MB on, the page faults of a new tensor cost more than its arithmetic: outputs are
+  allocated here, on huge pages (see native.py), where planes are contiguous.
+* Residual and activation go in place over the output, which nobody else holds yet.
+
+And where torch goes wrong: its channels_last backward writes dx even where none was allocated,
+which ends the process if the input is frozen and the parameters are not. dx is always asked for.
+
+Torch's channels_last forward takes E[x²] − E[x]², and so is κ = |mean| / std times less precise
+than its contiguous one. It is kept: nothing else is as fast, and this is what torch.nn gives.
+
+Everything else, and all of it under torch.compile, torch.func, forward-mode AD and tracing, is
+`torch.group_norm` and plain operators.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._prims_common import suggest_memory_format
+
+from fastnorm.eager import native
+from fastnorm.eager.activations import ACTIVATIONS
+from fastnorm.eager.batch_norm import _WIDER, SHORT_PLANE, _finish, _observed, _rounds_between
+from fastnorm.eager.native import STEPS, aten
+
+SHORT = 1 << 17
+"""Elements below which what Python does counts."""
+SMALL = 1 << 16
+"""Elements of a sample below which the calls for each cost more than torch's one."""
+LARGE = 1 << 19
+"""The same for 16 bits, which are converted to float32, where a group has FEW channels or more."""
+FEW = 8
+"""Channels of a group from which on torch's channels_last backward is fast in float32."""
+ROWS = 1 << 16
+"""Elements that are converted to float32 at a time: they stay in a core's cache."""
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`act(group_norm(input) + residual)` of arguments that `functional.group_norm` has checked."""
+    dtype = _WIDER.get(input.dtype, input.dtype)
+    if (  # nothing to cast, add or gain, as of most calls: the shortest way
+        residual is None
+        and 0 < input.nbytes < native.HUGE
+        and (input.numel() < SHORT or activation not in STEPS)
+        and (dtype is input.dtype or _is_exact(input, weight, activation))
+        and (weight is None or weight.dtype is dtype)
+        and (bias is None or (weight is not None and bias.dtype is dtype))
+        and (input.is_contiguous() or _is_left_to_torch(input))
+    ):
+        z = torch.group_norm(input, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
+        return z if activation == "identity" else ACTIVATIONS[activation](z)
+    y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
+    input, weight, bias = prepared(input, weight, bias, residual, activation)
+    plain = not input.is_cpu or torch.compiler.is_compiling() or _observed(input)
+    if plain or input.numel() == 0 or (residual is not None and residual.dtype != input.dtype):
+        z = _plain(input, num_groups, weight, bias, eps)
+        return ACTIVATIONS[activation](z if residual is None else z + residual).to(y_dtype)
+
+    if not (input.is_contiguous() or channels_are_last(input)):
+        # a copy costs less than torch's, which it makes in the backward again
+        input = input.contiguous(memory_format=suggest_memory_format(input))
+    inner = activation if activation in STEPS else "identity"
+    own = native.is_huge(input) or not input.is_contiguous()
+    if not own:
+        z = torch.group_norm(input, num_groups, weight, bias, eps, False)
+        z = _finish(z, residual, inner)
+    elif torch.is_grad_enabled():
+        z = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, residual, inner, num_groups, eps
+        )
+    else:
+        z = _finish(_normalize(input, num_groups, weight, bias, eps)[0], residual, inner)
+    return (z if inner == activation else ACTIVATIONS[activation](z)).to(y_dtype)
+
+
+def _is_exact(input: Tensor, weight: Tensor | None, activation: str) -> bool:
+    """Whether torch takes a 16-bit input to be rounded once, or it is too large to be cast."""
+    if weight is None or not input.is_cpu:
+        return False
+    return activation == "identity" or not _rounds_between(input, None, activation)
+
+
+def _is_left_to_torch(input: Tensor) -> bool:
+    """Whether an input that is not contiguous needs nothing that torch does not do as well."""
+    if not torch.is_grad_enabled():
+        return True
+    return input.requires_grad and input.numel() < SHORT
+
+
+def prepared(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Input, weight and bias, cast such that torch computes in float32 at least."""
+    dtype = _WIDER.get(input.dtype, input.dtype)
+    if dtype is not input.dtype and (
+        not input.is_cpu or _rounds_between(input, residual, activation)
+    ):
+        input = input.to(dtype)
+    if weight is None and (bias is not None or input.dtype is not dtype):
+        # For torch's sake: a bias alone breaks its backward, and a 16-bit input without a float32
+        # parameter would get statistics in 16 bits.
+        weight = torch.ones(input.shape[1], dtype=dtype, device=input.device)
+    if weight is not None and weight.dtype is not dtype:
+        weight = weight.to(dtype)
+    if bias is not None and bias.dtype is not dtype:
+        bias = bias.to(dtype)
+    return input, weight, bias
+
+
+def channels_are_last(input: Tensor) -> bool:
+    return input.dim() > 3 and input.is_contiguous(memory_format=native.memory_format(input))
+
+
+def _plain(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    if input.numel() == 0:  # torch's gradient of the weight would be NaN
+        column = [-1 if axis == 1 else 1 for axis in range(input.dim())]
+        z = input if weight is None else input * weight.view(column)
+        return (z if bias is None else z + bias.view(column)).to(input.dtype)
+    frozen = weight is not None and weight.requires_grad and not input.requires_grad
+    if frozen and torch.is_grad_enabled() and not input.is_contiguous():
+        kept = suggest_memory_format(input)
+        z = torch.group_norm(input.contiguous(), num_groups, weight, bias, eps, False)
+        return z.contiguous(memory_format=kept)
+    enabled = input.is_cpu or torch.backends.cudnn.enabled
+    return torch.group_norm(input, num_groups, weight, bias, eps, enabled)
+
+
+def _normalize(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, mean and rstd of a dense input, the latter two (N, G)."""
+    N, C = input.shape[:2]
+    S = input[0, 0].numel()
+    if (
+        native.is_huge(input) and input.is_contiguous() and S >= SHORT_PLANE
+        and input.dtype not in _WIDER and eps > 1e-30
+    ):  # fmt: skip
+        output = native.empty_like(input)
+        planes, out = input.view(1, N * C, S), output.view(1, N * C, S)
+        found = native.moments(planes, out)
+        if found is not None and found[0] is planes:  # no mean so large that its rounding matters
+            _, _, mean_c, var_c = found
+            mean_c, var_c = (t.view(N, num_groups, -1) for t in (mean_c, var_c))
+            mean = mean_c.mean(2)
+            var = (var_c + (mean_c - mean[..., None]) ** 2).mean(2)
+            mean_c, var_c = (_on_channels(t, C).view(-1) for t in (mean, var))
+            scale, shift = (None if t is None else t.repeat(N) for t in (weight, bias))
+            native.scale_shift(planes, mean_c, var_c, scale, shift, eps, out)
+            return output, mean, (var + eps).rsqrt_()
+    y, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, S, num_groups, eps)
+    return y, mean, rstd
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """`_normalize` and `_finish`, with their gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        residual: Tensor | None,
+        activation: str,
+        num_groups: int,
+        eps: float,
+    ) -> Tensor:
+        output, mean, rstd = _normalize(input, num_groups, weight, bias, eps)
+        _finish(output, residual, activation)
+        activated = None if activation == "identity" else output
+        ctx.save_for_backward(input, weight, activated, mean, rstd)
+        ctx.activation, ctx.num_groups, ctx.eps = activation, num_groups, eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        gradients = differentiable_gradients if torch.is_grad_enabled() else _gradients
+        return *gradients(ctx, dy), None, None, None  # activation, num_groups, eps
+
+
+def through_activation(ctx: Any, dy: Tensor) -> Tensor:
+    """dy ∘ act′, laid out as the input; dy itself where it is that already."""
+    input, _, activated, *_ = ctx.saved_tensors
+    g = dy.contiguous(memory_format=native.memory_format(input))
+    if activated is None:
+        return g
+    _, act_backward, arguments = STEPS[ctx.activation]
+    out = native.empty_like(input) if g is dy else g
+    dz: Tensor = act_backward.grad_input(g, activated, *arguments, grad_input=out)
+    return dz
+
+
+def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """dx, dγ, dβ and dr."""
+    input, weight, _, mean, rstd = ctx.saved_tensors
+    for_input, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
+    g = through_activation(ctx, dy)
+    dr = g if for_residual else None
+    if not (for_input or for_weight or for_bias):
+        return None, None, None, dr
+    N, C = input.shape[:2]
+    S, G = input[0, 0].numel(), ctx.num_groups
+    K = C // G
+    if not _is_slow(input, K):
+        found = aten.native_group_norm_backward.default(
+            g, input, mean, rstd, weight, N, C, S, G, [True, True, True]
+        )
+        wanted = zip(found, (for_input, for_weight, for_bias), strict=True)
+        return *(t if asked else None for t, asked in wanted), dr
+
+    mean_c, rstd_c = (_on_channels(t, C) for t in (mean, rstd))
+    parts = list(zip(_parts(g), _parts(input), strict=True))
+    rows = (len(parts), -1)
+    sums = [
+        native.reduce(g_p, x_p, mean_p, rstd_p)
+        for (g_p, x_p), mean_p, rstd_p in zip(
+            parts, mean_c.view(rows), rstd_c.view(rows), strict=True
+        )
+    ]
+    product, total = (torch.cat(found).view(N, C) for found in zip(*sums, strict=True))
+    dx = None
+    if for_input:
+        dx = native.empty_like(input) if g is dy or for_residual else g
+        slope, shift = (
+            (t if weight is None else t * weight).view(N, G, K).sum(2) / (K * S)
+            for t in (product, total)
+        )
+        scale = rstd_c if weight is None else rstd_c * weight
+        of_input = slope * rstd * -rstd
+        constant = torch.addcmul(shift * -rstd, of_input, mean, value=-1)
+        of_input, constant = (_on_channels(t, C).view(rows) for t in (of_input, constant))
+        for (g_p, x_p), out, a, b, c in zip(
+            parts, _parts(dx), scale.view(rows), of_input, constant, strict=True
+        ):
+            _combine(g_p, x_p, a, b, c, out)
+    return dx, product.sum(0) if for_weight else None, total.sum(0) if for_bias else None, dr
+
+
+def _is_slow(input: Tensor, K: int) -> bool:
+    """Whether torch's backward of this input is slower than `_gradients`."""
+    if input.is_contiguous():
+        return native.is_huge(input) and input.dtype not in _WIDER
+    least = SMALL if K < FEW else LARGE
+    return input[0].numel() >= least and (K < FEW or input.dtype in _WIDER)
+
+
+def _on_channels(t: Tensor, channels: int) -> Tensor:
+    """(N, G) as (N, C), in memory: torch's kernels take a stride of 0 for one of 1."""
+    return t.repeat_interleave(channels // t.shape[1], dim=1)
+
+
+def _parts(t: Tensor) -> Iterator[Tensor]:
+    """Views in which each channel of each sample is a channel: all of them, or a sample's."""
+    if t.is_contiguous():
+        yield t.view(1, t.shape[0] * t.shape[1], -1)
+    else:
+        yield from torch.split(t, 1)
+
+
+def _combine(
+    g: Tensor, input: Tensor, scale: Tensor, of_input: Tensor, constant: Tensor, output: Tensor
+) -> None:
+    """Write `scale g + of_input input + constant`, of a part, to output, which may be g."""
+    if input.dtype not in _WIDER:
+        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
+        native.scale_shift(g, zero, one, scale, constant, 0.0, output)
+        output.addcmul_(input, native.per_channel(of_input, input))
+        return
+    # 16 bits have channels last here
+    g, input, output = (t.movedim(1, -1).reshape(-1, t.shape[1]) for t in (g, input, output))
+    for g_p, x_p, out in zip(
+        *(torch.split(t, max(ROWS // len(scale), 1)) for t in (g, input, output)), strict=True
+    ):
+        z = torch.addcmul(constant, x_p.to(scale.dtype), of_input)
+        out.copy_(z.addcmul_(g_p.to(scale.dtype), scale))
+
+
+def differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The same by differentiable operators: normalize again, and differentiate that."""
+    input, weight, activated, _, rstd = ctx.saved_tensors
+    for_input, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
+    g = dy
+    if activated is not None:
+        _, act_backward, arguments = STEPS[ctx.activation]
+        g = act_backward.default(dy, activated.detach(), *arguments)
+    z = _plain(input, ctx.num_groups, weight, None, ctx.eps)
+    dx, dw = (
+        torch.autograd.grad(z, source, g, create_graph=True)[0] if wanted else None
+        for source, wanted in ((input, for_input), (weight, for_weight))
+    )
+    db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None
+    return dx, dw, db, g if for_residual else None

@@ -1,0 +1,175 @@
+"""GroupNorm and InstanceNorm as differentiable operations: views, saved tensors, casts."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm import eager
+from fastnorm.eager.activations import GRAD_FROM_OUTPUT
+from fastnorm.kernels import group_norm as kernels
+from fastnorm.kernels.launch import ChannelView
+from fastnorm.ops.batch_norm import batch_norm
+from fastnorm.ops.layer_norm import layer_norm
+from fastnorm.ops.layout import laid_out_as, on_device_of, sample_view
+
+
+class GroupNormFunction(torch.autograd.Function):
+    """(x, residual, weight, bias) are differentiable; the buffers change in place.
+
+    x is dense, laid out as `view` says, and residual like it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        eps: float,
+        activation: str,
+        view: ChannelView,
+        num_groups: int,
+    ) -> Tensor:
+        with on_device_of(x):
+            y, stats = kernels.forward(
+                x, residual, weight, bias, running_mean, running_var, momentum,
+                eps, activation, view, num_groups,
+            )  # fmt: skip
+        for buffer in (running_mean, running_var):
+            if buffer is not None:
+                torch.autograd.graph.increment_version(buffer)
+        gate = kernels.saved_for_gate(activation, residual is not None)
+        from_z = activation != "identity" and gate != "output"
+        ctx.save_for_backward(
+            x, weight, bias if from_z else None, stats,
+            y if gate == "output" else None,
+            residual if gate == "residual" else None,
+        )  # fmt: skip
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.eps, ctx.activation, ctx.view, ctx.num_groups = eps, activation, view, num_groups
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats, y, residual = ctx.saved_tensors
+        dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
+        buffers_and_options = (None,) * 7
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return *_differentiable_backward(ctx, dy), *buffers_and_options
+        dz_dtype = ctx.residual_dtype if dresidual_wanted else None
+        dz = dx = dw = db = None
+        gated = y is not None or residual is not None
+        if dx_wanted or dw_wanted or db_wanted or (dresidual_wanted and gated):
+            with on_device_of(x):
+                dx, dz, dw, db = kernels.backward(
+                    laid_out_as(dy, x), x, y, residual, weight, bias, stats,
+                    ctx.activation, ctx.view, ctx.num_groups,
+                    (dx_wanted, dz_dtype, dw_wanted, ctx.bias_dtype if db_wanted else None),
+                )  # fmt: skip
+        dresidual = None
+        if dresidual_wanted:  # without a dz there is nothing between the sum and the output
+            dresidual = (dy if dz is None else dz).to(ctx.residual_dtype)
+        return dx, dresidual, dw, db, *buffers_and_options
+
+
+def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    """The four gradients in torch operators, for second derivatives."""
+    x, weight, bias, stats, y, residual = ctx.saved_tensors
+    dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
+    activation = "identity" if y is not None else ctx.activation
+    leaves = [(t, i) for i, t in enumerate((x, residual, weight, bias)) if t is not None]
+    wanted = [(t, i) for t, i in leaves if ctx.needs_input_grad[i]]
+    gradients: list[Tensor | None] = [None] * 4
+    if wanted:
+        z = eager.group_norm(x, ctx.num_groups, weight, bias, ctx.eps, residual, activation)
+        found = torch.autograd.grad(
+            z, [t for t, _ in wanted], dz.to(z.dtype), create_graph=True, allow_unused=True
+        )
+        for (_, i), gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+    if ctx.needs_input_grad[1] and residual is None:
+        gradients[1] = dz.to(ctx.residual_dtype)
+    if ctx.needs_input_grad[3] and bias is None:
+        axes = [0, *range(2, dz.ndim)]
+        gradients[3] = dz.sum(axes, dtype=stats.dtype).to(ctx.bias_dtype)
+    return tuple(gradients)
+
+
+def _normalized(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    x, view = sample_view(input)
+    y: Tensor = GroupNormFunction.apply(
+        x,
+        None if residual is None else laid_out_as(residual, x),
+        None if weight is None else weight.reshape(-1).contiguous(),
+        None if bias is None else bias.reshape(-1).contiguous(),
+        running_mean,
+        running_var,
+        momentum,
+        eps,
+        activation,
+        view,
+        num_groups,
+    )
+    return y
+
+
+def group_norm(
+    input: Tensor,
+    num_groups: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`functional.group_norm` on Triton kernels; arguments are already checked."""
+    if num_groups == 1 and input.ndim == 2 and residual is None:  # rows, of which those know more
+        return layer_norm(input, input.shape[1:], weight, bias, eps, activation)
+    return _normalized(input, num_groups, weight, bias, None, None, 0.0, eps, residual, activation)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    use_input_stats: bool,
+    momentum: float | Tensor,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """`functional.instance_norm` on Triton kernels; arguments are already checked."""
+    if not use_input_stats:  # the same statistics for every sample: batch norm's evaluation
+        return batch_norm(
+            input, running_mean, running_var, weight, bias,
+            False, momentum, eps, residual, activation, None,
+        )  # fmt: skip
+    if any(b is not None and not b.is_contiguous() for b in (running_mean, running_var)):
+        # moved in place, and the kernels know no strides of theirs
+        return eager.instance_norm(
+            input, running_mean, running_var, weight, bias,
+            use_input_stats, momentum, eps, residual, activation,
+        )  # fmt: skip
+    return _normalized(
+        input, input.shape[1], weight, bias, running_mean, running_var, momentum, eps,
+        residual, activation,
+    )  # fmt: skip

@@ -1,0 +1,153 @@
+"""GroupNorm's backward kernels; the formulas are in group_norm.py."""
+
+import triton
+import triton.language as tl
+
+from fastnorm.kernels.device.channels import (
+    channels_of,
+    gradient_sums_of_tiles,
+    input_gradient_of_tiles,
+    load_affine,
+    load_stats,
+    wide_sizes,
+)
+from fastnorm.kernels.device.groups import (
+    channels_of_groups,
+    positions_of_lanes,
+    samples_of_lanes,
+    share_of_sample,
+    sum_of_group,
+    sum_of_samples,
+    wide_channels,
+)
+from fastnorm.kernels.device.tiles import load_as, load_or
+from fastnorm.kernels.launch import GROUP_SIZES
+
+
+# One program owns BLOCK_C // BLOCK_K groups, and one block of BLOCK_N samples after the other; it
+# leaves the parameters' partial sums over its samples.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_bwd_kernel(
+    dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
+    w_ptr, b_ptr, stats_ptr,                # (C,), (C,), (3, N·G)
+    dx_ptr, dz_ptr, partial_ptr,            # (N, C, S), (N, C, S), (2, P, C); None: not wanted
+    N, C, S, G, K, P, tiles, blocks_per_program,
+    ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    LANES: tl.constexpr = BLOCK_N * BLOCK_C
+    last = tl.cdiv(N, BLOCK_N)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    K = wide_channels(K, ALIGN, COLUMNS and PADDED)
+    L = (K * S).to(ACC)
+    pid = tl.program_id(0)
+    p = pid % P
+    g, c, cmask = channels_of_groups(pid // P, C, K, BLOCK_N, BLOCK_C, BLOCK_K, PADDED)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    dw = tl.zeros((LANES,), ACC)
+    db = tl.zeros((LANES,), ACC)
+    first = p * blocks_per_program
+    for block in range(first, tl.minimum(first + blocks_per_program, last)):
+        n = samples_of_lanes(block, BLOCK_N, BLOCK_C)
+        mask = cmask & (n < N)
+        at = positions_of_lanes(n, c, C, S, COLUMNS)
+        mean, rest, rstd = load_stats(stats_ptr, n * G + g, mask, N * G)
+        dw_n, db_n = gradient_sums_of_tiles(
+            dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr if dx_ptr is None else None,
+            0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
+            ACT_GRAD, 1, BLOCK_S, LANES, FOLD, COLUMNS,
+        )  # fmt: skip
+        dw += dw_n
+        db += db_n
+        if dx_ptr is not None:
+            slope, shift = sum_of_group(w * dw_n, BLOCK_K), sum_of_group(w * db_n, BLOCK_K)
+            input_gradient_of_tiles(
+                dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
+                0, tiles, at, mask, mean, rest, rstd, w, b, slope / L, shift / L, 1, C, S,
+                ACT_GRAD, 1, BLOCK_S, COLUMNS,
+            )  # fmt: skip
+    if partial_ptr is not None:
+        _, c, cmask = channels_of_groups(pid // P, C, K, 1, BLOCK_C, BLOCK_K, PADDED)
+        tl.store(partial_ptr + p * C + c, sum_of_samples(dw, BLOCK_N), mask=cmask)
+        tl.store(partial_ptr + (P + p) * C + c, sum_of_samples(db, BLOCK_N), mask=cmask)
+
+
+# One program owns some consecutive tiles of BLOCK_C channels of a sample, and leaves their sums.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_bwd_reduce_kernel(
+    dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
+    w_ptr, b_ptr, stats_ptr,                # (C,), (C,), (3, N·G)
+    dz_ptr, partial_ptr,                    # (N, C, S), (2, P, N·C)
+    N, C, S, G, K, P, tiles, tiles_per_program,
+    ACT_GRAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    p, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    c, cmask = channels_of(block, C, BLOCK_C)
+    r = n.to(tl.int64) * G + c.to(tl.int32) // K
+    mean, rest, rstd = load_stats(stats_ptr, r, cmask, N * G)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    dw, db = gradient_sums_of_tiles(
+        dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr,
+        first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        ACT_GRAD, 1, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
+    )  # fmt: skip
+    if partial_ptr is not None:
+        at = (p * N + n) * C + c
+        tl.store(partial_ptr + at, dw, mask=cmask)
+        tl.store(partial_ptr + P * N * C + at, db, mask=cmask)
+
+
+# One program owns BLOCK_R groups: their means of w·dz·x̂ and w·dz, from P · K partial sums each.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_bwd_finalize_kernel(
+    partial_ptr, w_ptr, means_ptr,          # (2, P, R·K), (C,), (2, R)
+    R, G, K, S, P,
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    r, rmask = channels_of(tl.program_id(0), R, BLOCK_R)
+    g = r.to(tl.int32) % G
+    stride = R.to(tl.int64) * K
+    slope = tl.zeros((BLOCK_R,), ACC)
+    shift = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, P * K, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        k = part % K
+        at = ((part // K).to(tl.int64) * stride + k)[:, None] + (r * K)[None, :]
+        mask = (part < P * K)[:, None] & rmask[None, :]
+        w = load_or(w_ptr, k[:, None] + (g * K)[None, :], mask, 1.0, ACC)
+        slope += tl.sum(w * load_as(partial_ptr, at, mask, ACC), axis=0)
+        shift += tl.sum(w * load_as(partial_ptr, P * stride + at, mask, ACC), axis=0)
+    L = (K * S.to(tl.int64)).to(ACC)
+    tl.store(means_ptr + r, slope / L, mask=rmask)
+    tl.store(means_ptr + R + r, shift / L, mask=rmask)
+
+
+# One program owns the tiles of BLOCK_C channels that it reduced before.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_bwd_apply_kernel(
+    dy_ptr, x_ptr, w_ptr, b_ptr,            # dy is dz where reduce wrote it
+    stats_ptr, means_ptr, dx_ptr,           # (3, N·G), (2, N·G), (N, C, S)
+    N, C, S, G, K, P, tiles, tiles_per_program,
+    ACT_GRAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    _, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    c, cmask = channels_of(block, C, BLOCK_C)
+    r = n.to(tl.int64) * G + c.to(tl.int32) // K
+    mean, rest, rstd = load_stats(stats_ptr, r, cmask, N * G)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    slope = load_as(means_ptr, r, cmask, ACC)
+    shift = load_as(means_ptr, N * G + r, cmask, ACC)
+    input_gradient_of_tiles(
+        dy_ptr, x_ptr, None, None, dx_ptr, None,
+        first, last, c, cmask, mean, rest, rstd, w, b, slope, shift, N, C, S,
+        ACT_GRAD, 1, BLOCK_S, COLUMNS,
+    )  # fmt: skip

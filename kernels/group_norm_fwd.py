@@ -1,0 +1,180 @@
+"""GroupNorm's forward kernels; the formulas are in group_norm.py."""
+
+import triton
+import triton.language as tl
+
+from fastnorm.kernels.batch_norm_fwd import moving_average
+from fastnorm.kernels.device.channels import (
+    channels_of,
+    load_affine,
+    load_stats,
+    moments_of_tiles,
+    normalize_tiles,
+    wide_sizes,
+)
+from fastnorm.kernels.device.groups import (
+    channels_of_groups,
+    moments_of_groups,
+    positions_of_lanes,
+    samples_of_lanes,
+    share_of_sample,
+    wide_channels,
+)
+from fastnorm.kernels.device.moments import (
+    finite_or_zero,
+    merge_partials,
+    merge_two,
+    rstd_of,
+    two_sum,
+)
+from fastnorm.kernels.device.tiles import load_as, store_cast
+from fastnorm.kernels.launch import GROUP_SIZES
+
+
+@triton.jit
+def save_statistics(mean, rest, std, eps, r, mask, R, stats_ptr, std_ptr):
+    """Store the statistics of groups r of R; returns rstd."""
+    rstd = rstd_of(std, tl.full((), eps, std.dtype))
+    tl.store(stats_ptr + r, mean, mask=mask)
+    tl.store(stats_ptr + R + r, rest, mask=mask)
+    tl.store(stats_ptr + 2 * R + r, rstd, mask=mask)
+    store_cast(std_ptr, r, std, mask)
+    return rstd
+
+
+# One program owns BLOCK_C // BLOCK_K groups of BLOCK_N samples.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_fwd_kernel(
+    x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
+    y_ptr, stats_ptr, std_ptr,              # (N, C, S), (3, N·G): mean, rest, rstd; (N·G,)
+    eps: tl.float64,
+    N, C, S, G, K, tiles,
+    ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    K = wide_channels(K, ALIGN, COLUMNS and PADDED)
+    pid = tl.program_id(0)
+    blocks = tl.cdiv(G, BLOCK_C // BLOCK_K)
+    g, c, cmask = channels_of_groups(pid % blocks, C, K, BLOCK_N, BLOCK_C, BLOCK_K, PADDED)
+    n = samples_of_lanes(pid // blocks, BLOCK_N, BLOCK_C)
+    mask = cmask & (n < N)
+    at = positions_of_lanes(n, c, C, S, COLUMNS)
+    _, mean, rest, std = moments_of_tiles(
+        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, COLUMNS
+    )
+    mean, rest, std = moments_of_groups(mean, rest, std, K, BLOCK_K)
+    speaks = mask & (tl.arange(0, BLOCK_N * BLOCK_C) % BLOCK_K == 0)
+    rstd = save_statistics(mean, rest, std, eps, n * G + g, speaks, N * G, stats_ptr, std_ptr)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    normalize_tiles(
+        x_ptr, residual_ptr, y_ptr, 0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
+        ACT, 1, BLOCK_S, COLUMNS,
+    )  # fmt: skip
+
+
+# One program owns some consecutive tiles of BLOCK_C channels of a sample, and leaves the partial
+# statistics of each channel.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_fwd_moments_kernel(
+    x_ptr, partial_ptr,                     # (N, C, S), (3, P, N·C): mean, rest, std
+    N, C, S, P, tiles, tiles_per_program,
+    BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    p, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    c, cmask = channels_of(block, C, BLOCK_C)
+    _, mean, rest, std = moments_of_tiles(
+        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+    )
+    at = (p * N + n) * C + c
+    tl.store(partial_ptr + at, mean, mask=cmask)
+    tl.store(partial_ptr + P * N * C + at, rest, mask=cmask)
+    tl.store(partial_ptr + 2 * P * N * C + at, std, mask=cmask)
+
+
+# One program owns BLOCK_R groups of the statistics, each the merger of P · K partials.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_fwd_finalize_kernel(
+    partial_ptr, stats_ptr, std_ptr,        # (3, P, R·K), (3, R), (R,)
+    eps: tl.float64,
+    R, K, S, P, positions,                  # P programs of so many positions had a channel
+    BLOCK_R: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    r, rmask = channels_of(tl.program_id(0), R, BLOCK_R)
+    stride = R.to(tl.int64) * K
+    base = finite_or_zero(tl.load(partial_ptr + r * K, mask=rmask, other=0.0))
+    count = tl.zeros((1,), ACC)
+    mean = tl.zeros((BLOCK_R,), ACC)  # relative to base
+    std = tl.zeros((BLOCK_R,), ACC)
+    for start in range(0, P * K, BLOCK_P):
+        part = start + tl.arange(0, BLOCK_P)
+        inside = part < P * K
+        p = (part // K).to(tl.int64)
+        at = (p * stride + part % K)[:, None] + (r * K)[None, :]
+        mask = inside[:, None] & rmask[None, :]
+        count_p = tl.where(inside, tl.minimum(S - p * positions, positions), 0).to(ACC)
+        mean_p = load_as(partial_ptr, at, mask, ACC) - base[None, :]
+        mean_p = tl.where(mask, mean_p + load_as(partial_ptr, P * stride + at, mask, ACC), 0.0)
+        std_p = load_as(partial_ptr, 2 * P * stride + at, mask, ACC)
+        count_b, mean_b, std_b = merge_partials(count_p[:, None], mean_p, std_p)
+        count, mean, std = merge_two(count, mean, std, count_b, mean_b, std_b)
+    mean, rest = two_sum(base, mean)
+    save_statistics(mean, rest, std, eps, r, rmask, R, stats_ptr, std_ptr)
+
+
+# One program owns the tiles of BLOCK_C channels that it reduced before.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_fwd_apply_kernel(
+    x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
+    y_ptr, stats_ptr,                       # (N, C, S), (3, N·G): mean, rest, rstd
+    N, C, S, G, K, P, tiles, tiles_per_program,
+    ACT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    _, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
+    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    c, cmask = channels_of(block, C, BLOCK_C)
+    # in int32: a 64-bit division is a function call on a GPU
+    r = n.to(tl.int64) * G + c.to(tl.int32) // K
+    mean, rest, rstd = load_stats(stats_ptr, r, cmask, N * G)
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    normalize_tiles(
+        x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        ACT, 1, BLOCK_S, COLUMNS,
+    )  # fmt: skip
+
+
+# One program owns BLOCK_C channels of InstanceNorm's running statistics: averages over N samples.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def instance_norm_running_kernel(
+    stats_ptr, std_ptr,                     # (3, N·C): mean, rest, rstd; (N·C,)
+    running_mean_ptr, running_var_ptr, momentum_ptr,  # (C,), (C,), ()
+    momentum: tl.float64,
+    N, C, S,
+    BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    C = C.to(tl.int64)
+    c, cmask = channels_of(tl.program_id(0), C, BLOCK_C)
+    mean = tl.zeros((BLOCK_C,), ACC)
+    var = tl.zeros((BLOCK_C,), ACC)
+    for start in range(0, N, BLOCK_P):
+        n = start + tl.arange(0, BLOCK_P)
+        at = (n.to(tl.int64) * C)[:, None] + c[None, :]
+        mask = (n < N)[:, None] & cmask[None, :]
+        # divided first: the sum of finite means may not be finite
+        mean_n = load_as(stats_ptr, at, mask, ACC) + load_as(stats_ptr, N * C + at, mask, ACC)
+        mean += tl.sum(mean_n / N, axis=0)
+        std = load_as(std_ptr, at, mask, ACC)
+        var += tl.sum(std * std / N, axis=0)
+    S = S.to(ACC)
+    unbiased = var * (S / (S - 1.0))
+    moving_average(running_mean_ptr, c, cmask, mean, momentum, momentum_ptr)
+    moving_average(running_var_ptr, c, cmask, unbiased, momentum, momentum_ptr)

@@ -1,0 +1,194 @@
+"""The ways of the eager GroupNorm and InstanceNorm that only large tensors take, on small ones."""
+
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+from cases import assert_close, memory_formats
+from test_group_norm import problem
+from test_instance_norm import problem as instance_problem
+
+import fastnorm
+import fastnorm.functional as FF
+from fastnorm.eager import native
+
+eager = importlib.import_module("fastnorm.eager.group_norm")  # its package has such a function
+instances = importlib.import_module("fastnorm.eager.instance_norm")
+SHAPES = [((3, 6, 4, 5), 2), ((2, 6, 7, 9), 6), ((2, 12, 6, 6), 1), ((2, 6, 3, 4, 5), 3)]
+
+
+@pytest.fixture(params=["large", "huge"])
+def way(request, monkeypatch):
+    """Small tensors are treated as those of many megabytes are."""
+    monkeypatch.setattr(eager, "SHORT", 0)
+    monkeypatch.setattr(eager, "SMALL", 0)
+    monkeypatch.setattr(eager, "LARGE", 0)
+    monkeypatch.setattr(eager, "FEW", 100)
+    monkeypatch.setattr(eager, "ROWS", 64)
+    monkeypatch.setattr(instances, "SMALL", 0)
+    monkeypatch.setattr(eager, "SHORT_PLANE", 2)
+    monkeypatch.setattr(native, "is_huge", lambda input: request.param == "huge")
+    with fastnorm.use_backend("eager"):
+        yield request.param
+
+
+def took_our_way(y: torch.Tensor) -> bool:
+    return "GroupNormFunction" in type(y.grad_fn).__name__
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("shape", "num_groups"), SHAPES, ids=str)
+def test_matches_float64(way, monkeypatch, shape, num_groups, dtype, residual, activation):
+    # 16 bits as large ones are: z is rounded where torch.nn rounds it
+    monkeypatch.setattr(eager, "_rounds_between", lambda *_: False)
+    for memory_format in memory_formats(len(shape)):
+        case = problem(
+            shape, num_groups, torch.device("cpu"), dtype, memory_format=memory_format,
+            parameters=torch.float64 if dtype is torch.float64 else torch.float32,
+            residual=residual, activation=activation,
+        )  # fmt: skip
+        if dtype is torch.bfloat16 and (residual or activation != "identity"):
+            case.names = ("x", "weight", "bias")
+            y = case.call(case.leaves())
+            want = case.reference()["y"]
+            torch.testing.assert_close(y.double(), want, rtol=2e-2, atol=2e-2)
+            continue
+        got = case.check()
+        last = memory_format is not torch.contiguous_format
+        if activation != "silu":
+            assert took_our_way(got["y"]) == (last or way == "huge")
+        assert got["y"].stride() == case.x.stride()
+
+
+@pytest.mark.parametrize("affine", ["", "w", "b"])
+def test_without_parameters(way, affine):
+    for memory_format in memory_formats(4):
+        case = problem(
+            (3, 6, 4, 5), 2, torch.device("cpu"), affine=affine, memory_format=memory_format
+        )
+        case.check()
+
+
+@pytest.mark.parametrize("wanted", ["x", "weight", "bias", "residual"])
+def test_only_what_is_asked_for(way, wanted):
+    for memory_format in memory_formats(4):
+        case = problem(
+            (3, 6, 4, 5), 2, torch.device("cpu"), residual=True, activation="relu",
+            memory_format=memory_format,
+        )  # fmt: skip
+        want = case.reference()
+        leaves = case.leaves()
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name == wanted)
+        (got,) = torch.autograd.grad(case.call(leaves), leaves[wanted], case.dy)
+        assert_close(got, want[f"d{wanted}"], 60, wanted)
+
+
+def test_second_derivatives(way):
+    for memory_format in memory_formats(4):
+        case = problem(
+            (2, 4, 2, 3), 2, torch.device("cpu"), torch.float64, residual=True,
+            memory_format=memory_format,
+        )  # fmt: skip
+
+        def call(*tensors, case=case):
+            return case.call(dict(zip(case.leaves(), tensors, strict=True)))
+
+        leaves = tuple(case.leaves().values())
+        assert torch.autograd.gradcheck(call, leaves)
+        assert torch.autograd.gradgradcheck(call, leaves)
+
+
+def test_without_gradients(way):
+    """Nothing is saved, and the same comes out."""
+    for memory_format in memory_formats(4):
+        case = problem(
+            (3, 6, 4, 5), 2, torch.device("cpu"), residual=True, activation="relu",
+            memory_format=memory_format,
+        )  # fmt: skip
+        want = case.reference()["y"].detach()
+        with torch.no_grad():
+            y = case.call(case.leaves())
+        assert y.grad_fn is None
+        assert_close(y, want)
+
+
+def test_a_large_mean(way):
+    """A mean of many standard deviations is left to torch, which merges float32 means better."""
+    case = problem((2, 6, 7, 9), 2, torch.device("cpu"), mean=3e3)
+    got = case.run()
+    case.x = case.x.double()
+    want = torch.nn.functional.group_norm(case.x, 2, case.weight.double(), case.bias.double())
+    torch.testing.assert_close(got["y"].double(), want, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e30])
+def test_what_is_not_finite(way, value):
+    for memory_format in memory_formats(4):
+        case = problem((2, 6, 7, 9), 2, torch.device("cpu"), memory_format=memory_format)
+        case.x[1, 2, 3, 4] = value
+        want = torch.nn.functional.group_norm(case.x, 2, case.weight, case.bias)
+        torch.testing.assert_close(case.run()["y"], want, equal_nan=True)
+
+
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_instance_norm(way, dtype, activation):
+    for memory_format in memory_formats(4):
+        for residual in (False, True):
+            for tracked in (False, True):
+                case = instance_problem(
+                    (3, 6, 4, 5), torch.device("cpu"), dtype, memory_format=memory_format,
+                    activation=activation, residual=residual, tracked=tracked,
+                )  # fmt: skip
+                got = case.check()
+                assert got["y"].stride() == case.x.stride()
+                if memory_format is torch.channels_last and dtype is torch.float32:
+                    graph = "InstanceNormFunction" if activation != "silu" else "Silu"
+                    assert graph in type(got["y"].grad_fn).__name__
+
+
+def test_second_derivatives_of_instance_norm(way):
+    case = instance_problem(
+        (2, 3, 2, 3), torch.device("cpu"), torch.float64, memory_format=torch.channels_last
+    )
+
+    def call(x, weight, bias):
+        return FF.instance_norm(x, weight=weight, bias=bias)
+
+    leaves = tuple(case.leaves().values())
+    assert torch.autograd.gradcheck(call, leaves)
+    assert torch.autograd.gradgradcheck(call, leaves)
+
+
+@pytest.mark.parametrize("shape", [(2, 8, 3, 3), (8, 256, 28, 28)], ids=str)
+def test_frozen_input_in_channels_last(shape):
+    """torch's backward for the parameters alone writes dx where there is none, and may crash: in a
+    process of its own, since a failure ends it."""
+    code = f"""
+import torch, fastnorm.functional as FF
+x = torch.randn({shape}).to(memory_format=torch.channels_last)
+w, b = torch.randn(2, {shape[1]}, requires_grad=True)
+for _ in range(4):
+    dy = torch.randn_like(x)
+    dw, db = torch.autograd.grad(FF.group_norm(x, 4, w, b), (w, b), dy)
+    again, = torch.autograd.grad(FF.group_norm(x.clone().requires_grad_(), 4, w, b), w, dy)
+    torch.testing.assert_close(dw, again, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(db, dy.sum((0, 2, 3)), rtol=1e-4, atol=1e-3)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_strided_inputs_keep_one_copy():
+    """A dense copy is made once, before the forward, and is what the backward reads."""
+    x = torch.randn(4, 6, 10, 12)[..., ::2].requires_grad_()
+    with fastnorm.use_backend("eager"):
+        y = FF.group_norm(x, 2)
+    assert y.is_contiguous()
+    (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+    assert dx.shape == x.shape
