@@ -197,6 +197,7 @@ def backward(
                 dy if dz is None else dz, x, weight, bias, stats, means, dx, *groups, *shares,
                 ACT_GRAD=gate if dz is None else ACTIVATIONS["identity"][1], **tile,
             )  # fmt: skip
-    if wants_sums and partial is not None:
-        sum_partials(partial, None, dw, db)
+    if partial is not None:
+        sums = partial[0] if dw is not None else None, partial[1] if db is not None else None
+        sum_partials(*sums, None, dw, db)
     return dx, dz, dw, db

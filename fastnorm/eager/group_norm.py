@@ -33,7 +33,7 @@ from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.eager.batch_norm import _WIDER, SHORT_PLANE, _finish, _observed, _rounds_between
+from fastnorm.eager.batch_norm import _WIDER, SHORT_PLANE, _finish, _rounds_between
 from fastnorm.eager.native import STEPS, aten
 
 SHORT = 1 << 17
@@ -72,7 +72,7 @@ def group_norm(
         return z if activation == "identity" else ACTIVATIONS[activation](z)
     y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
     input, weight, bias = prepared(input, weight, bias, residual, activation)
-    plain = not input.is_cpu or torch.compiler.is_compiling() or _observed(input)
+    plain = not input.is_cpu or torch.compiler.is_compiling() or native.observed(input)
     if plain or input.numel() == 0 or (residual is not None and residual.dtype != input.dtype):
         z = _plain(input, num_groups, weight, bias, eps)
         return ACTIVATIONS[activation](z if residual is None else z + residual).to(y_dtype)

@@ -19,7 +19,7 @@ from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.eager.batch_norm import _finish, _observed, batch_norm
+from fastnorm.eager.batch_norm import _finish, batch_norm
 from fastnorm.eager.group_norm import (
     channels_are_last,
     differentiable_gradients,
@@ -64,7 +64,7 @@ def instance_norm(
         last
         and input[0].numel() >= SMALL
         and input.is_cpu
-        and not (torch.compiler.is_compiling() or _observed(input))
+        and not (torch.compiler.is_compiling() or native.observed(input))
         and (residual is None or residual.dtype is input.dtype)
     ):
         y = _by_samples(input, weight, bias, eps, residual, activation, statistics)
