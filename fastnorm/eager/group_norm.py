@@ -15,7 +15,7 @@ bench/bench_eager_group_norm.py measures them, and the ways that were not taken.
 * Residual and activation go in place over the output, which nobody else holds yet.
 
 And where torch goes wrong: its channels_last backward writes dx even where none was allocated,
-which ends the process if the input is frozen and the parameters are not. dx is always asked for.
+which ends the process where only the parameters' gradients are wanted. dx is always asked for.
 
 Torch's channels_last forward takes E[x²] − E[x]², and so is κ = |mean| / std times less precise
 than its contiguous one. It is kept: nothing else is as fast, and this is what torch.nn gives.
@@ -61,12 +61,13 @@ def group_norm(
     dtype = _WIDER.get(input.dtype, input.dtype)
     if (  # nothing to cast, add or gain, as of most calls: the shortest way
         residual is None
-        and 0 < input.nbytes < native.HUGE
+        and input.numel() > 0
+        and not native.is_huge(input)
         and (input.numel() < SHORT or activation not in STEPS)
         and (dtype is input.dtype or _is_exact(input, weight, activation))
         and (weight is None or weight.dtype is dtype)
         and (bias is None or (weight is not None and bias.dtype is dtype))
-        and (input.is_contiguous() or _is_left_to_torch(input))
+        and (input.is_contiguous() or _needs_no_sums(weight, bias))
     ):
         z = torch.group_norm(input, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
         return z if activation == "identity" else ACTIVATIONS[activation](z)
@@ -101,11 +102,10 @@ def _is_exact(input: Tensor, weight: Tensor | None, activation: str) -> bool:
     return activation == "identity" or not _rounds_between(input, None, activation)
 
 
-def _is_left_to_torch(input: Tensor) -> bool:
-    """Whether an input that is not contiguous needs nothing that torch does not do as well."""
-    if not torch.is_grad_enabled():
-        return True
-    return input.requires_grad and input.numel() < SHORT
+def _needs_no_sums(weight: Tensor | None, bias: Tensor | None) -> bool:
+    """Whether no backward will ask for the parameters' gradients, perhaps without the input's."""
+    asked = any(t is not None and t.requires_grad for t in (weight, bias))
+    return not (asked and torch.is_grad_enabled())
 
 
 def prepared(
@@ -143,8 +143,8 @@ def _plain(
         column = [-1 if axis == 1 else 1 for axis in range(input.dim())]
         z = input if weight is None else input * weight.view(column)
         return (z if bias is None else z + bias.view(column)).to(input.dtype)
-    frozen = weight is not None and weight.requires_grad and not input.requires_grad
-    if frozen and torch.is_grad_enabled() and not input.is_contiguous():
+    frozen = input.is_cpu and not input.requires_grad
+    if frozen and not (input.is_contiguous() or _needs_no_sums(weight, bias)):
         kept = suggest_memory_format(input)
         z = torch.group_norm(input.contiguous(), num_groups, weight, bias, eps, False)
         return z.contiguous(memory_format=kept)
