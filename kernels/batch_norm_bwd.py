@@ -45,7 +45,8 @@ def batch_norm_bwd_kernel(
         M = (N * S).to(ACC)
         input_gradient_of_tiles(
             dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
-            0, tiles, c, cmask, mean, rest, rstd, w, b, w * dw / M, w * db / M, N, C, S,
+            0, tiles, c, cmask, mean, rest, rstd, w, b,
+            None, rstd * w, dw / M, db / M, N, C, S,
             ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
         )  # fmt: skip
 
@@ -94,6 +95,7 @@ def batch_norm_bwd_apply_kernel(
     db = load_as(sums_ptr, C + c, cmask, ACC)
     input_gradient_of_tiles(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
-        first, last, c, cmask, mean, rest, rstd, w, b, w * dw / M, w * db / M, N, C, S,
+        first, last, c, cmask, mean, rest, rstd, w, b,
+        None, rstd * w, dw / M, db / M, N, C, S,
         ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
     )  # fmt: skip

@@ -65,7 +65,7 @@ def group_norm_bwd_kernel(
             slope, shift = sum_of_group(w * dw_n, BLOCK_K), sum_of_group(w * db_n, BLOCK_K)
             input_gradient_of_tiles(
                 dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
-                0, tiles, at, mask, mean, rest, rstd, w, b, slope / L, shift / L, 1, C, S,
+                0, tiles, at, mask, mean, rest, rstd, w, b, w, rstd, slope / L, shift / L, 1, C, S,
                 ACT_GRAD, 1, BLOCK_S, COLUMNS,
             )  # fmt: skip
     if partial_ptr is not None:
@@ -148,6 +148,6 @@ def group_norm_bwd_apply_kernel(
     shift = load_as(means_ptr, N * G + r, cmask, ACC)
     input_gradient_of_tiles(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
-        first, last, c, cmask, mean, rest, rstd, w, b, slope, shift, N, C, S,
+        first, last, c, cmask, mean, rest, rstd, w, b, w, rstd, slope, shift, N, C, S,
         ACT_GRAD, 1, BLOCK_S, COLUMNS,
     )  # fmt: skip

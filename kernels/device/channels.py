@@ -173,12 +173,13 @@ def gradient_sums_of_tiles(
 @triton.jit
 def input_gradient_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
-    first, last, c, cmask, mean, rest, rstd, w, b, slope, shift, N, C, S,
+    first, last, c, cmask, mean, rest, rstd, w, b, inner, outer, slope, shift, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """dx of the tiles through the statistics, last tile first.
+    """dx = (inner·dz − shift − x̂·slope)·outer of the tiles, last tile first.
 
-    slope and shift are the means of w·dz·x̂ and w·dz over what the statistics were taken of.
+    inner · outer is w · rstd; slope and shift are the means of inner·dz·x̂ and inner·dz over what
+    the statistics were taken of. inner is None where that is one channel, and w can wait.
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     for i in range(first, last):
@@ -188,6 +189,9 @@ def input_gradient_of_tiles(
         xhat, dz = load_xhat_dz(
             dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD
         )
-        dx = (dz * w[None, :] - shift[None, :] - xhat * slope[None, :]) * rstd[None, :]
+        g = dz
+        if inner is not None:
+            g *= inner[None, :]
+        dx = (g - shift[None, :] - xhat * slope[None, :]) * outer[None, :]
         store_cast(dx_ptr, at, dx, mask)
         store_cast(dz_ptr, at, dz, mask)
