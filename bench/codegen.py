@@ -23,7 +23,7 @@ import torch
 import triton
 from case import Case
 from grid import CASES, LARGE, OPTION_CASES
-from launches import TARGETS, Recorded, recording
+from launches import DEVICES, TARGETS, Recorded, recording
 
 # Per multiprocessor: registers, shared memory in bytes, threads.
 LIMITS = {
@@ -58,7 +58,7 @@ def specialisations(cases: Iterable[Case], target: str) -> list[tuple[Case, Reco
     found: dict[str, tuple[Case, Recorded]] = {}
     for case in cases:
         tensors = case.inputs("meta")
-        with recording() as launches:
+        with recording(DEVICES[target]) as launches:
             case.forward_and_backward(tensors)
         for launched in launches:
             found.setdefault(launched.key(TARGETS[target]), (case, launched))
@@ -112,7 +112,10 @@ def access_widths(ptx: str, pointers: list[str]) -> dict[str, list[int]]:
                 changed = True
     widths: dict[str, list[int]] = {}
     for line in lines:
-        access = re.match(r"(?:@!?%p\d+ )?(?:ld|st)\.global\S*\s.*\[ ?(%rd\d+)", line)
+        # of an asynchronous copy to shared memory, the second address is global memory's
+        access = re.match(
+            r"(?:@!?%p\d+ )?(?:(?:ld|st)\.global|cp\.async\.c[ag]\.)\S*\s.*\[ ?(%rd\d+)", line
+        )
         if not access:
             continue
         for origin in origins.get(access[1], set()):
@@ -122,6 +125,9 @@ def access_widths(ptx: str, pointers: list[str]) -> dict[str, list[int]]:
 
 
 def _bytes_of(instruction: str) -> int:
+    copied = re.search(r"cp\.async.*\], (0x\w+|\d+)", instruction)
+    if copied:
+        return int(copied[1], 0)
     vector = re.search(r"\.v(\d+)", instruction)
     bits = re.search(r"\.[bfsu](8|16|32|64|128)\b", instruction)
     assert bits, instruction
@@ -133,6 +139,8 @@ def _narrow(launched: Recorded, widths: dict[str, list[int]]) -> dict[str, tuple
     arguments = launched.arguments
     if not any(name in arguments for name in LARGE):
         return {}
+    if "ALIGN" not in arguments:
+        return _narrow_products(launched, widths)
     tile = {axis: arguments.get(f"BLOCK_{axis}", 1) for axis in "MNSC"}
     # the innermost axis in memory: channels, positions, or the columns of rows
     inner = "C" if arguments.get("COLUMNS") else "S" if "BLOCK_S" in arguments else "N"
@@ -145,6 +153,25 @@ def _narrow(launched: Recorded, widths: dict[str, list[int]]) -> dict[str, tuple
             allowed = min(16, size * min(arguments["ALIGN"], each, tile[inner]))
             if widths[name][0] < allowed:
                 found[name] = (widths[name][0], allowed)
+    return found
+
+
+def _narrow_products(
+    launched: Recorded, widths: dict[str, list[int]]
+) -> dict[str, tuple[int, int]]:
+    """The same for the operands of a product, whose rows are (b, s)."""
+    arguments = launched.arguments
+    rows = arguments["BLOCK_B"] * arguments["BLOCK_S"] if "BLOCK_B" in arguments else 0
+    found = {}
+    for name, axis in (("x", "K"), ("dx", "K"), ("dy", "N"), ("y", "N"), ("z", "N")):
+        if rows and f"{name}_ptr" in widths:
+            inner = axis if arguments["COLUMNS"] else "S"
+            size = arguments[f"{name}_ptr"].element_size()
+            each = rows * arguments[f"BLOCK_{axis}"] // (32 * launched.options["num_warps"])
+            fitting = min(arguments[f"ALIGN_{inner}"], arguments[f"BLOCK_{inner}"])
+            allowed = min(16, size * min(fitting, max(each, 1)))
+            if widths[f"{name}_ptr"][0] < allowed:
+                found[f"{name}_ptr"] = (widths[f"{name}_ptr"][0], allowed)
     return found
 
 

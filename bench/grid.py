@@ -5,14 +5,14 @@ adding its file to families/, and its name here.
 """
 
 from case import Case
-from families import batch_norm, group_norm, layer_norm
+from families import batch_norm, group_norm, layer_norm, linear_batch_norm
 
-FAMILIES = (batch_norm, layer_norm, group_norm)
+FAMILIES = (batch_norm, layer_norm, group_norm, linear_batch_norm)
 
 # Names of kernel arguments that are as large as the input; the others are parameters, statistics
 # and partial sums.
 LARGE = (
-    "dy_ptr", "x_ptr", "y_ptr", "residual_ptr", "dx_ptr", "dz_ptr", "sum_ptr", "dsum_ptr",
+    "dy_ptr", "x_ptr", "y_ptr", "z_ptr", "residual_ptr", "dx_ptr", "dz_ptr", "sum_ptr", "dsum_ptr",
 )  # fmt: skip
 
 CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.cases())

@@ -6,7 +6,7 @@ of any size costs nothing; the launchers plan as for the device given to `launch
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import triton
@@ -26,6 +26,13 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 H200 = launch.Device(multiprocessors=132)
+DEVICES = {  # as large as an H200, so that targets differ by their architecture alone
+    "sm_80": replace(H200, shared=163 << 10, wgmma=False),
+    "sm_90": H200,
+    "sm_100": replace(H200, wgmma=False),
+    "sm_120": replace(H200, shared=99 << 10, wgmma=False),
+    "gfx942": replace(H200, shared=64 << 10, wgmma=False),
+}
 
 
 @dataclass

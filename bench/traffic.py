@@ -28,6 +28,8 @@ BOUNDS = {True: 1.05, False: 1.10}  # one program an index set; split
 SMALL_SHARE = (
     0.05  # of the total, for parameters, statistics and partials of the benchmark's shapes
 )
+# Linear + BatchNorm has matrices of N×K and K×K that are partial sums, or float64.
+SMALL_SHARES = {"linear_batch_norm": 0.15}
 SMALL_SHARE_FROM = 1 << 20  # bytes of the input: below, launches and not bytes cost the time
 
 

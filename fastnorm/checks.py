@@ -10,7 +10,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
-from fastnorm.eager.activations import ACTIVATIONS
+from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 
@@ -18,6 +18,16 @@ FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64}
 def activation(name: str) -> None:
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but got {name!r}")
+
+
+def algorithm(name: str, known: Sequence[str], activation: str) -> None:
+    if name not in known:
+        raise ValueError(f"algorithm must be one of {', '.join(known)}, but got {name!r}")
+    if name == "gram" and activation not in OUTPUT_GRADS:
+        raise ValueError(
+            "algorithm 'gram' has no pre-activation, so it needs an activation whose derivative is "
+            f"a function of its output: one of {', '.join(OUTPUT_GRADS)}, but got {activation!r}"
+        )
 
 
 def momentum(

@@ -89,8 +89,12 @@ def forward(
     eps: float,
     activation: str,
     view: ChannelView,
+    found: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return (y, stats): y laid out as x, stats (3, C) with the rows mean, rest, rstd."""
+    """Return (y, stats): y laid out as x, stats (3, C) with the rows mean, rest, rstd.
+
+    `found` are partial statistics (3, P, C) and their counts (P,), where whoever made x left some.
+    """
     plan, sizes, tile, merge_grid, merge, dtype = _launch(x, view)
     act, _ = ACTIVATIONS[activation]
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
@@ -99,20 +103,23 @@ def forward(
     running = (running_mean, running_var)
     moving = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)
     operands = (x, residual, weight, bias, y, stats)
-    if training and plan.whole:
+    if training and plan.whole and found is None:
         batch_norm_fwd_kernel[plan.grid](
             *operands, *running, num_batches_tracked, *moving, eps, *view[:3], plan.tiles,
             ACT=act, **tile,
         )  # fmt: skip
         return y, stats
     if training:
-        partial = torch.empty(3, plan.programs, view.C, dtype=dtype, device=x.device)
-        count = torch.empty(plan.programs, dtype=dtype, device=x.device)
-        batch_norm_fwd_moments_kernel[plan.grid](
-            x, partial, count, num_batches_tracked, *sizes, **tile
-        )
+        if found is None:
+            partial = torch.empty(3, plan.programs, view.C, dtype=dtype, device=x.device)
+            count = torch.empty(plan.programs, dtype=dtype, device=x.device)
+            batch_norm_fwd_moments_kernel[plan.grid](
+                x, partial, count, num_batches_tracked, *sizes, **tile
+            )
+            found = partial, count
+        partial, count = found
         batch_norm_fwd_finalize_kernel[merge_grid](
-            partial, count, stats, *running, *moving, eps, view.C, plan.programs, **merge
+            partial, count, stats, *running, *moving, eps, view.C, count.numel(), **merge
         )
         running = (None, None)
     batch_norm_fwd_apply_kernel[plan.grid](*operands, *running, eps, *sizes, ACT=act, **tile)

@@ -29,6 +29,7 @@ GROUP_SIZES = (
     "N", "C", "S", "G", "K", "P", "R", "tiles", "tiles_per_program", "blocks_per_program",
     "positions",
 )  # fmt: skip
+PRODUCT_SIZES = ("B", "N", "K", "S", "P", "F", "tiles", "tiles_per_program")
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,18 @@ class Device:
     """What the policy asks of a device."""
 
     multiprocessors: int
+    shared: int = 227 << 10  # bytes that one program may have
+    wgmma: bool = True  # Hopper's products of shared memory, whose tiles may be larger
+    # What cost.py asks: products a second that libraries reach (70 % of an H200's peak), by dtype;
+    # bytes a second of memory and of the second-level cache; seconds of a launch.
+    half: float = 550e12
+    tf32: float = 275e12
+    single: float = 42e12
+    double: float = 42e12
+    memory: float = 4.0e12
+    cache: float = 6.5e12
+    launch: float = 2.5e-6
+    fused: bool = True  # it runs our kernels
 
 
 INTERPRETER = Device(multiprocessors=4)  # small: the interpreter runs one program after another
@@ -60,7 +73,10 @@ def device_of(device: torch.device) -> Device:
 def _queried(device: torch.device) -> Device:
     if device.type != "cuda":
         return INTERPRETER
-    return Device(torch.cuda.get_device_properties(device).multi_processor_count)
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", 0) or 64 << 10
+    wgmma = torch.version.hip is None and found.major == 9
+    return Device(found.multi_processor_count, shared, wgmma)
 
 
 def power_of_two(n: int) -> int:

@@ -123,3 +123,25 @@ def instance_norm(
         running_var = (1 - momentum) * running_var + momentum * var.mean(0) * s / (s - 1)
     y = group_norm(x, x.shape[1], weight, bias, eps, residual, activation)
     return y, running_mean, running_var
+
+
+def linear_batch_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    activation: str,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(y, new running_mean, new running_var) of rows x (M, K)."""
+    z = x @ weight.T
+    z = z if bias is None else z + bias
+    return batch_norm(
+        z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps, None,
+        activation,
+    )  # fmt: skip

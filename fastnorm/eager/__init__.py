@@ -4,6 +4,7 @@ from fastnorm.eager.batch_norm import batch_norm
 from fastnorm.eager.group_norm import group_norm
 from fastnorm.eager.instance_norm import instance_norm
 from fastnorm.eager.layer_norm import add_layer_norm, add_rms_norm, layer_norm
+from fastnorm.eager.linear_batch_norm import linear_batch_norm
 from fastnorm.eager.rms_norm import rms_norm
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "linear_batch_norm",
     "rms_norm",
 ]

@@ -34,3 +34,17 @@ GRAD_FROM_OUTPUT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "relu": lambda dy, y: torch.where(y <= 0, 0, dy),
     "leaky_relu": lambda dy, y: torch.where(y > 0, dy, 0.01 * dy),
 }
+
+_aten = torch.ops.aten
+
+# dy · act′ from the output alone: (dy, y) -> g. The list of what `linear_batch_norm` can do without
+# its pre-activation. relu6, elu, tanh and sigmoid see y as it was rounded.
+OUTPUT_GRADS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "identity": lambda dy, y: dy,
+    "relu": lambda dy, y: _aten.threshold_backward.default(dy, y, 0),
+    "relu6": lambda dy, y: _aten.hardtanh_backward.default(dy, y, 0.0, 6.0),
+    "leaky_relu": lambda dy, y: _aten.leaky_relu_backward.default(dy, y, 0.01, True),
+    "elu": lambda dy, y: _aten.elu_backward.default(dy, 1, 1, 1, True, y),
+    "tanh": lambda dy, y: _aten.tanh_backward.default(dy, y),
+    "sigmoid": lambda dy, y: _aten.sigmoid_backward.default(dy, y),
+}

@@ -139,7 +139,11 @@ def empty_like(input: Tensor, memory_format: torch.memory_format = torch.preserv
     more time than the arithmetic that fills them. Evaluating (32, 64, 112, 112) in float32 takes
     51 ms on those and 11 ms on huge ones.
     """
-    output = torch.empty_like(input, memory_format=memory_format)
+    return on_huge_pages(torch.empty_like(input, memory_format=memory_format))
+
+
+def on_huge_pages(output: Tensor) -> Tensor:
+    """The same tensor, just allocated, its pages huge if it is."""
     if output.nbytes >= HUGE and (libc := _libc()) is not None and _is_fresh(output, libc):
         start, end = output.data_ptr(), output.data_ptr() + output.nbytes
         start += -start % mmap.PAGESIZE

@@ -1,5 +1,6 @@
 """A linear layer or a convolution, then batch normalization and activation."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -7,7 +8,7 @@ from fastnorm import checks
 from fastnorm.backend import implementation
 from fastnorm.functional.batch_norm import batch_norm
 
-LINEAR_ALGORITHMS = ("auto", "unfused")
+LINEAR_ALGORITHMS = ("auto", "gram", "epilogue", "unfused")
 
 
 def linear_batch_norm(
@@ -34,12 +35,19 @@ def linear_batch_norm(
         input: (*, in_features).
         weight, bias: W (out_features, in_features) and b (out_features,).
         norm_weight, norm_bias: γ and β, (out_features,).
-        algorithm: "auto", or "unfused": torch's product, then `batch_norm` of this library.
+        algorithm: "gram" takes the statistics from the second moment of x and never forms the
+            pre-activation; "epilogue" writes it once, with its statistics; "unfused" is torch's
+            product, then `batch_norm` of this library. "auto" picks what a model of flops and bytes
+            finds fastest (docs/linear_batch_norm.md).
         running_mean, running_var, training, momentum, eps, activation, num_batches_tracked: as in
             `batch_norm`.
 
     Raises:
-        ValueError, RuntimeError: as `batch_norm` and `torch.nn.functional.linear`.
+        ValueError, RuntimeError: as `batch_norm` and `torch.nn.functional.linear`; ValueError where
+            "gram" is asked for an activation whose derivative takes more than its output: silu,
+            gelu, gelu_tanh, hardswish.
+
+    b has no effect in training but on running_mean; its gradient is zero then.
 
     >>> import torch, fastnorm.functional as FF
     >>> x, w = torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [-2.0]])
@@ -53,31 +61,37 @@ def linear_batch_norm(
         shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps
     )
     checks.activation(activation)
-    if algorithm not in LINEAR_ALGORITHMS:
-        raise ValueError(
-            f"algorithm must be one of {', '.join(LINEAR_ALGORITHMS)}, but got {algorithm!r}"
-        )
+    checks.algorithm(algorithm, LINEAR_ALGORITHMS, activation)
     if type(momentum) is not float:
         momentum = checks.momentum(momentum, num_batches_tracked, input)
     if type(eps) is not float:
         eps = float(eps)
-    z = F.linear(input, *_of_dtype(input, weight, bias))
-    rows = z if z.ndim == 2 else z.flatten(0, -2)
-    y: Tensor = implementation(rows).batch_norm(
-        rows, running_mean, running_var, norm_weight, norm_bias,
-        training, momentum, eps, None, activation, num_batches_tracked,
+    input, weight, bias = _of_one_dtype(input, weight, bias)
+    rows = input if input.ndim == 2 else input.flatten(0, -2)
+    y: Tensor = implementation(rows).linear_batch_norm(
+        rows, weight, bias, running_mean, running_var, norm_weight, norm_bias,
+        training, momentum, eps, activation, algorithm, num_batches_tracked,
     )  # fmt: skip
-    return y if z.ndim == 2 else y.view(z.shape)
+    return y if input.ndim == 2 else y.view(*input.shape[:-1], -1)
 
 
-def _of_dtype(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """The operands of torch's product, which asks for one dtype."""
-    dtype = input.dtype
+def _of_one_dtype(
+    input: Tensor, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The operands of a product, which asks for one dtype: input's, or autocast's."""
+    dtype, kind = input.dtype, input.device.type
+    if (
+        dtype is not torch.float64
+        and torch.amp.is_autocast_available(kind)
+        and torch.is_autocast_enabled(kind)
+    ):
+        dtype = torch.get_autocast_dtype(kind)
+        input = input.to(dtype)
     if weight.dtype is not dtype:
         weight = weight.to(dtype)
     if bias is not None and bias.dtype is not dtype:
         bias = bias.to(dtype)
-    return weight, bias
+    return input, weight, bias
 
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}
@@ -128,9 +142,42 @@ def conv_batch_norm(
         )
     checks.product(input, weight, bias)
     checks.activation(activation)
+    if _is_linear(input, weight, stride, padding, groups):
+        shape = (input.shape[0], weight.shape[0], *input.shape[2:])
+        checks.batch_statistics(
+            shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps
+        )
+        if type(momentum) is not float:
+            momentum = checks.momentum(momentum, num_batches_tracked, input)
+        input, weight, bias = _of_one_dtype(input, weight, bias)
+        y: Tensor = implementation(input).linear_batch_norm(
+            input, weight.flatten(1), bias, running_mean, running_var, norm_weight, norm_bias,
+            training, momentum, float(eps), activation, "auto", num_batches_tracked,
+        )  # fmt: skip
+        return y
     convolution = _CONVOLUTIONS[weight.ndim]
-    z = convolution(input, *_of_dtype(input, weight, bias), stride, padding, dilation, groups)
+    input, weight, bias = _of_one_dtype(input, weight, bias)
+    z = convolution(input, weight, bias, stride, padding, dilation, groups)
     return batch_norm(
         z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps,
         activation=activation, num_batches_tracked=num_batches_tracked,
     )  # fmt: skip
+
+
+def _is_linear(
+    input: Tensor,
+    weight: Tensor,
+    stride: int | tuple[int, ...],
+    padding: str | int | tuple[int, ...],
+    groups: int,
+) -> bool:
+    """Whether the convolution is a linear layer at each position."""
+    return (
+        weight.shape[2:].numel() == 1
+        and input.shape[1] == weight.shape[1]
+        and groups == 1
+        and (stride == 1 or (isinstance(stride, tuple) and set(stride) == {1}))
+        and (
+            padding in (0, "valid", "same") or (isinstance(padding, tuple) and set(padding) == {0})
+        )
+    )

@@ -3,6 +3,7 @@
 from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.group_norm import group_norm, instance_norm
 from fastnorm.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
+from fastnorm.ops.linear_batch_norm import linear_batch_norm
 
 __all__ = [
     "add_layer_norm",
@@ -11,5 +12,6 @@ __all__ = [
     "group_norm",
     "instance_norm",
     "layer_norm",
+    "linear_batch_norm",
     "rms_norm",
 ]

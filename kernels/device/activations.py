@@ -170,3 +170,57 @@ ACTIVATIONS = {
 # Gates that only ask for the sign of z, which y shows whatever its rounding: act_grad(dy, y).
 # (y of relu6, tanh or elu would do in exact arithmetic; a bfloat16 y rounds to 6 or 1 too early.)
 SIGN_GATES = frozenset({"relu", "leaky_relu"})
+
+
+# Gates from the stored output alone, act_grad(dy, y) with both in y's dtype; what they return is in
+# that, or in float32. relu6, elu, tanh and sigmoid see y as it was rounded, as torch's do.
+@triton.jit
+def widened(t):
+    return t.to(tl.float32) if t.dtype.primitive_bitwidth == 16 else t
+
+
+@triton.jit
+def relu_output_grad(dy, y):
+    if y.dtype.primitive_bitwidth == 16:  # all bits but the sign's: no conversion of bfloat16
+        return tl.where((y.to(tl.int16, bitcast=True) & 0x7FFF) == 0, 0.0, dy)
+    else:
+        return tl.where(y <= 0.0, 0.0, dy)
+
+
+@triton.jit
+def relu6_output_grad(dy, y):
+    return relu6_grad(dy, widened(y))
+
+
+@triton.jit
+def leaky_relu_output_grad(dy, y):
+    return leaky_relu_grad(widened(dy), widened(y))
+
+
+@triton.jit
+def elu_output_grad(dy, y):
+    y = widened(y)
+    return tl.where(y <= 0.0, widened(dy) * (y + 1.0), widened(dy))
+
+
+@triton.jit
+def tanh_output_grad(dy, y):
+    y = widened(y)
+    return widened(dy) * (1.0 - y * y)
+
+
+@triton.jit
+def sigmoid_output_grad(dy, y):
+    y = widened(y)
+    return widened(dy) * ((1.0 - y) * y)
+
+
+OUTPUT_GRADS = {
+    "identity": identity_grad,
+    "relu": relu_output_grad,
+    "relu6": relu6_output_grad,
+    "leaky_relu": leaky_relu_output_grad,
+    "elu": elu_output_grad,
+    "tanh": tanh_output_grad,
+    "sigmoid": sigmoid_output_grad,
+}

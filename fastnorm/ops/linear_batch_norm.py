@@ -1,0 +1,199 @@
+"""Linear + BatchNorm as a differentiable operation: views, saved tensors, casts. No arithmetic."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm.eager.linear_batch_norm import (
+    bias_gradient,
+    count_batch,
+    differentiable_gradients,
+    product,
+)
+from fastnorm.kernels import cost
+from fastnorm.kernels import linear_batch_norm as kernels
+from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
+from fastnorm.kernels.launch import ChannelView, device_of
+from fastnorm.kernels.products import precision
+from fastnorm.ops.batch_norm import batch_norm
+from fastnorm.ops.layout import channel_view, on_device_of
+
+
+class GramFunction(torch.autograd.Function):
+    """(x, weight, bias, norm_weight, norm_bias) are differentiable; the buffers change in place.
+
+    x (B, K, *) is dense, laid out as `view` says, and so is the output (B, N, *).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float | Tensor,
+        eps: float,
+        activation: str,
+        view: ChannelView,
+    ) -> Tensor:
+        with on_device_of(x):
+            y, folded = kernels.gram_forward(
+                x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
+                training, momentum, eps, activation, view,
+            )  # fmt: skip
+        _changed(training, running_mean, running_var)
+        ctx.save_for_backward(
+            x, y if activation != "identity" else None, weight, None if training else bias,
+            norm_weight, norm_bias, *folded,
+        )  # fmt: skip
+        ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
+        ctx.training, ctx.eps, ctx.activation, ctx.view = training, eps, activation, view
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, weight, bias, norm_weight, norm_bias, *found = ctx.saved_tensors
+        folded = kernels.Folded(*found)
+        wanted = ctx.needs_input_grad[:5]
+        buffers_and_options = (None,) * 7
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return *differentiable_gradients(
+                (x, weight, bias, norm_weight, norm_bias), wanted,
+                None if ctx.training else kernels.fixed_moments(folded, bias),
+                ctx.bias_like, ctx.eps, ctx.activation, dy,
+            ), *buffers_and_options  # fmt: skip
+        with on_device_of(x):
+            dx, dw, db, dgamma, dbeta = kernels.gram_backward(
+                _laid_out(dy, ctx.view), x, y, weight, norm_weight, norm_bias,
+                None if ctx.bias_like is None else ctx.bias_like[1],
+                folded, ctx.activation, ctx.view, wanted,
+            )  # fmt: skip
+        db = bias_gradient(db, wanted[2], ctx.bias_like)
+        return dx, dw, db, dgamma, dbeta, *buffers_and_options
+
+
+class EpilogueFunction(torch.autograd.Function):
+    """As GramFunction, on rows x (M, K); Z is written, and saved."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        norm_weight: Tensor | None,
+        norm_bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        training: bool,
+        momentum: float | Tensor,
+        eps: float,
+        activation: str,
+        view: ChannelView,
+    ) -> Tensor:
+        with on_device_of(x):
+            y, z, stats = epilogue.forward(
+                x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
+                training, momentum, eps, activation, view,
+            )  # fmt: skip
+        _changed(training, running_mean, running_var)
+        ctx.save_for_backward(
+            x, z, weight, None if training else bias, norm_weight, norm_bias, stats
+        )
+        ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
+        ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, weight, bias, norm_weight, norm_bias, stats = ctx.saved_tensors
+        wanted = ctx.needs_input_grad[:5]
+        buffers_and_options = (None,) * 7
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return *differentiable_gradients(
+                (x, weight, bias, norm_weight, norm_bias), wanted,
+                None if ctx.training else (stats[0] + stats[1], stats[2] ** -2),
+                ctx.bias_like, ctx.eps, ctx.activation, dy,
+            ), *buffers_and_options  # fmt: skip
+        dbeta_dtype = norm_bias.dtype if wanted[4] else None
+        with on_device_of(x):
+            dx, dw, db, dgamma, dbeta = epilogue.backward(
+                dy.contiguous(), x, z, weight, norm_weight, norm_bias, stats,
+                ctx.training, ctx.activation, (*wanted[:4], dbeta_dtype),
+            )  # fmt: skip
+        db = bias_gradient(db, wanted[2], ctx.bias_like)
+        return dx, dw, db, dgamma, dbeta, *buffers_and_options
+
+
+def _changed(training: bool, *buffers: Tensor | None) -> None:
+    """Tell autograd of buffers that a kernel has moved."""
+    for buffer in buffers:
+        if training and buffer is not None:
+            torch.autograd.graph.increment_version(buffer)
+
+
+def _laid_out(t: Tensor, view: ChannelView) -> Tensor:
+    """`t`, or the copy it takes to have its channels where the view has them."""
+    if view.columns:
+        return t.movedim(1, -1).contiguous().movedim(-1, 1)
+    return t.contiguous()
+
+
+def linear_batch_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    training: bool,
+    momentum: float | Tensor | None,
+    eps: float,
+    activation: str,
+    algorithm: str,
+    num_batches_tracked: Tensor | None,
+) -> Tensor:
+    """`eager.linear_batch_norm` on Triton kernels."""
+    x, view = channel_view(input)
+    if algorithm == "auto":
+        backward = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        M, K, N = view.N * view.S, view.C, weight.shape[0]
+        algorithm = cost.choose(
+            M, K, N, x.dtype, activation, device_of(x.device), training, backward,
+            columns=view.columns, precision=precision(x.dtype),
+        )  # fmt: skip
+    buffers: tuple[Tensor | None, ...] = (running_mean, running_var)
+    if not training:
+        buffers = tuple(None if b is None else b.contiguous() for b in buffers)
+    elif any(b is not None and not b.is_contiguous() for b in buffers):
+        algorithm = "unfused"  # moved in place, and the kernels know no strides of theirs
+    if weight.numel() == 0 or (algorithm == "epilogue" and not view.columns):
+        algorithm = "unfused"
+    if algorithm == "unfused":
+        return batch_norm(
+            product(input, weight, bias, training), running_mean, running_var, norm_weight,
+            norm_bias, training, momentum, eps, None, activation, num_batches_tracked,
+        )  # fmt: skip
+    momentum = count_batch(num_batches_tracked, training, momentum)
+    function = GramFunction if algorithm == "gram" else EpilogueFunction
+    y: Tensor = function.apply(
+        x,
+        weight.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if norm_weight is None else norm_weight.reshape(-1).contiguous(),
+        None if norm_bias is None else norm_bias.reshape(-1).contiguous(),
+        *buffers,
+        training,
+        momentum,
+        eps,
+        activation,
+        view,
+    )
+    return y

@@ -1,0 +1,101 @@
+"""The cost model of Linear + BatchNorm: what it must say where the answer is known."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastnorm
+import fastnorm.functional as FF
+from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
+from fastnorm.kernels import cost
+from fastnorm.kernels.launch import Device
+
+H200 = Device(multiprocessors=132)
+BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
+
+
+def chosen(M, K, N, dtype=BF16, device=H200, activation="relu", step=True, **options):
+    return cost.choose(M, K, N, dtype, activation, device, True, step, **options)
+
+
+@pytest.mark.parametrize(
+    "shape", [(200704, 64, 256), (50176, 256, 1024), (802816, 16, 96), (50176, 64, 384)]
+)
+def test_expansions_take_gram(shape):
+    assert chosen(*shape) == "gram"
+
+
+@pytest.mark.parametrize(
+    "shape", [(65536, 4096, 1024), (8192, 1024, 1024), (256, 64, 256), (2, 1, 1), (64, 512, 512)]
+)
+def test_wide_and_small_problems_do_not(shape):
+    """2 M K² flops more do not pay where K is as wide as N, nor launches where M is small."""
+    assert chosen(*shape) != "gram"
+    assert chosen(*shape, dtype=F32, device=cost.CPU) == "unfused"
+
+
+def test_what_gram_cannot_do():
+    assert set(OUTPUT_GRADS) == cost.FROM_OUTPUT
+    for activation in ACTIVATIONS:
+        algorithm = chosen(200704, 64, 256, activation=activation)
+        assert (algorithm == "gram") == (activation in OUTPUT_GRADS)
+    assert chosen(200704, 64, 256, dtype=F64) != "gram", "fewer digits than torch's"
+
+
+def test_who_can_do_epilogue():
+    assert chosen(200704, 64, 256, activation="gelu") == "epilogue"
+    assert chosen(200704, 64, 256, activation="gelu", columns=False) == "unfused"
+    assert chosen(200704, 64, 256, F32, cost.CPU, activation="gelu") == "unfused"
+
+
+@pytest.mark.parametrize("sizes", [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
+def test_nothing_to_do(sizes):
+    assert chosen(*sizes) == "unfused"
+
+
+def test_cpu_takes_gram_where_k_is_narrow():
+    assert chosen(50176, 16, 96, F32, cost.CPU) == "gram"
+    assert chosen(50176, 256, 1024, F32, cost.CPU) == "unfused"
+
+
+def test_rates_decide():
+    """More bytes a second make passes cheap; more flops a second make the extra products cheap."""
+    shape = (50176, 256, 512)
+    assert chosen(*shape, device=replace(H200, memory=1e15, cache=1e15)) != "gram"
+    assert chosen(*shape, device=replace(H200, half=1e18, double=1e18, cache=1e15)) == "gram"
+    assert chosen(200704, 64, 256, device=replace(H200, launch=1e-3)) != "gram"
+
+
+def test_model_grows_with_the_problem():
+    for algorithm in (cost.unfused, cost.epilogue, cost.gram):
+        for larger in ((2, 1, 1), (1, 2, 1), (1, 1, 2)):
+            M, K, N = (s * f for s, f in zip((50176, 256, 1024), larger, strict=True))
+            small = cost.problem(50176, 256, 1024, BF16, H200, True, True)
+            large = cost.problem(M, K, N, BF16, H200, True, True)
+            assert algorithm(large) > algorithm(small)
+        with_backward = cost.problem(50176, 256, 1024, BF16, H200, True, True)
+        alone = cost.problem(50176, 256, 1024, BF16, H200, True, False)
+        assert algorithm(with_backward) > 2 * algorithm(alone)
+
+
+def test_auto_does_what_the_model_says(monkeypatch):
+    """The eager path asks it with the sizes, dtype and gradients of the call."""
+    asked = []
+
+    def choose(*args, **kwargs):
+        asked.append(args)
+        return "gram"
+
+    monkeypatch.setattr(cost, "choose", choose)
+    x, w = torch.randn(8192, 16), torch.randn(64, 16, requires_grad=True)
+    with fastnorm.use_backend("eager"):
+        y = FF.linear_batch_norm(x, w, training=True, activation="tanh")
+        assert "GramFunction" in y.grad_fn.name()
+        with torch.no_grad():
+            FF.linear_batch_norm(x, w, None, torch.zeros(64), torch.ones(64))
+        FF.linear_batch_norm(x[:100], w, training=True)
+    assert asked == [
+        (8192, 16, 64, F32, "tanh", cost.CPU, True, True),
+        (8192, 16, 64, F32, "relu", cost.CPU, False, False),
+    ], "small problems are not worth a question"
