@@ -3,9 +3,12 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+import fastnorm
 
 KINKS = {"relu": (0,), "leaky_relu": (0,), "relu6": (0, 6), "hardswish": (-3, 3)}
 """Where a derivative jumps: there rounding decides which of two it is."""
@@ -50,3 +53,10 @@ def fuzz(cases: st.SearchStrategy[Any], check: Callable[[Any], None], examples: 
         check(case)
 
     run()
+
+
+def at_length(device: torch.device) -> int:
+    """Examples of a long run: a GPU compiles for most of them, the interpreter takes a second."""
+    if device.type == "cuda":
+        return 200
+    return 400 if fastnorm.backend_for(torch.ones(1, device=device)) == "triton" else 1500

@@ -19,7 +19,7 @@ import pytest
 import reference
 import torch
 from cases import FLOATS, compute_dtype, tolerance
-from fuzzing import KINKS, LAYOUTS, fuzz, laid_out
+from fuzzing import KINKS, LAYOUTS, at_length, fuzz, laid_out
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -405,5 +405,4 @@ def test_batch_norm(backend):
 
 @pytest.mark.slow
 def test_batch_norm_at_length(backend):
-    examples = 1500 if backend.type == "cpu" else 200  # a GPU compiles for most of them
-    fuzz(cases(), lambda case: check(case, backend), examples)
+    fuzz(cases(), lambda case: check(case, backend), at_length(backend))

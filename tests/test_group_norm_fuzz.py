@@ -15,6 +15,7 @@ import pytest
 import reference
 import torch
 from cases import FLOATS, compute_dtype, tolerance
+from fuzzing import at_length
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_fuzz import KINKS, LAYOUTS, LEAVES, checked, laid_out
@@ -364,4 +365,4 @@ def test_group_norm(backend):
 
 @pytest.mark.slow
 def test_group_norm_at_length(backend):
-    fuzz(backend, 1500 if backend.type == "cpu" else 200)  # a GPU compiles for most of them
+    fuzz(backend, at_length(backend))

@@ -15,7 +15,7 @@ import pytest
 import reference
 import torch
 from cases import FLOATS, compute_dtype, tolerance
-from fuzzing import KINKS, LAYOUTS, fuzz, laid_out
+from fuzzing import KINKS, LAYOUTS, at_length, fuzz, laid_out
 from hypothesis import strategies as st
 from probes import HAS_GPU, kernels_run, kernels_seen
 from row_ways import WAYS, taking
@@ -352,5 +352,4 @@ def test_layer_norm(backend):
 
 @pytest.mark.slow
 def test_layer_norm_at_length(backend):
-    examples = 3000 if backend.type == "cpu" else 200  # a GPU compiles for most of them
-    fuzz(cases(), lambda case: check(case, backend), examples)
+    fuzz(cases(), lambda case: check(case, backend), at_length(backend))
