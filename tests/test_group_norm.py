@@ -266,25 +266,27 @@ def test_empty(backend, shape):
 
 
 def test_gradcheck(backend):
-    for residual, activation in ((False, "identity"), (True, "tanh"), (True, "silu")):
-        for memory_format in memory_formats(4):
-            case = problem(
-                (2, 4, 2, 2), 2, backend, torch.float64, residual=residual,
-                memory_format=memory_format, activation=activation,
-            )  # fmt: skip
+    first, last = memory_formats(4)
+    for residual, activation, memory_format in (
+        (False, "identity", first), (True, "tanh", first), (True, "silu", last)
+    ):  # fmt: skip
+        case = problem(
+            (2, 4, 2, 1), 2, backend, torch.float64, residual=residual,
+            memory_format=memory_format, activation=activation,
+        )  # fmt: skip
 
-            def call(*tensors, case=case):
-                return case.call(dict(zip(case.leaves(), tensors, strict=True)))
+        def call(*tensors, case=case):
+            return case.call(dict(zip(case.leaves(), tensors, strict=True)))
 
-            leaves = tuple(case.leaves().values())
-            assert torch.autograd.gradcheck(call, leaves)
-            assert torch.autograd.gradgradcheck(call, leaves)
+        leaves = tuple(case.leaves().values())
+        assert torch.autograd.gradcheck(call, leaves)
+        assert torch.autograd.gradgradcheck(call, leaves)
 
 
 def test_second_derivatives_of_strided_inputs(backend):
     """A copy that the kernels needed must not cut the graph."""
-    x = torch.randn(3, 8, 5, dtype=torch.float64, device=backend).requires_grad_()
-    residual = torch.randn(3, 16, 5, dtype=torch.float64, device=backend).requires_grad_()
+    x = torch.randn(2, 8, 3, dtype=torch.float64, device=backend).requires_grad_()
+    residual = torch.randn(2, 16, 3, dtype=torch.float64, device=backend).requires_grad_()
 
     def call(x, residual):
         return FF.group_norm(x[:, ::2], 2, residual=residual[:, ::4], activation="silu")

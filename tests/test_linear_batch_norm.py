@@ -390,7 +390,7 @@ def test_what_nobody_asks_for_is_not_computed():
 def test_gradcheck(backend, training, algorithm):
     for activation in ("tanh", "identity") if algorithm == "gram" else ("silu",):
         case = problem(
-            6, 3, 4, backend, torch.float64,
+            4, 2, 3, backend, torch.float64,
             training=training, algorithm=algorithm, activation=activation,
         )  # fmt: skip
         leaves = case.leaves()
