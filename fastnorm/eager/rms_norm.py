@@ -51,6 +51,8 @@ def rms_norm(
         input.requires_grad or (weight is not None and weight.requires_grad)
     ):
         z = RMSNormFunction.apply(input, weight, shape, eps)  # type: ignore[no-untyped-call]
+    elif input.numel() < SMALL and (weight is None or weight.dtype is input.dtype):
+        z = torch.rms_norm(input, shape, weight, eps)  # the fewest calls
     else:
         z = _normalize(input, weight, shape, eps)[0]
     return z if activation == "identity" else ACTIVATIONS[activation](z)
