@@ -236,8 +236,9 @@ def test_activations(backend, activation, kind):
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: f"input {d}"[12:])
 @pytest.mark.parametrize("kind", KINDS)
 def test_mixed_dtypes(backend, kind, dtype, parameters):
-    got = problem(kind, (7, 24), backend, dtype, parameters=parameters).check()
-    assert got["y"].dtype == dtype
+    for affine in ("wb", "w", "b"):
+        case = problem(kind, (7, 24), backend, dtype, parameters=parameters, affine=affine)
+        assert case.check()["y"].dtype == dtype
 
 
 @pytest.mark.parametrize("kind", ["add_layer_norm", "add_rms_norm"])

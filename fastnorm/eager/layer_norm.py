@@ -26,11 +26,13 @@ def layer_norm(
 ) -> Tensor:
     """`act(layer_norm(input))` of arguments that `functional.layer_norm` has checked."""
     parameters = [t.dtype for t in (weight, bias) if t is not None]
-    if any(dtype is not parameters[0] for dtype in parameters) or (
-        parameters and parameters[0] not in (input.dtype, _WIDER.get(input.dtype))
-    ):  # torch's CPU operator refuses these
-        dtype = _WIDER.get(input.dtype, input.dtype)
-        weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
+    wider = _WIDER.get(input.dtype, input.dtype)
+    # torch's CPU operator takes the input's dtype, or float32 of a 16-bit one if there is a weight
+    served = (input.dtype, wider) if weight is not None else (input.dtype,)
+    if any(dtype is not parameters[0] or dtype not in served for dtype in parameters):
+        weight, bias = (None if t is None else t.to(wider) for t in (weight, bias))
+        if weight is None and bias is not None:
+            weight = torch.ones_like(bias)
     z = F.layer_norm(input, tuple(normalized_shape), weight, bias, eps)
     return z if activation == "identity" else ACTIVATIONS[activation](z)
 
