@@ -21,3 +21,8 @@ def buffer(module: Module, name: str) -> Tensor | None:
     registered = module._buffers
     value: Tensor | None = registered[name] if name in registered else getattr(module, name)
     return value
+
+
+def with_activation(shown: str, activation: str) -> str:
+    """An `extra_repr` that names an activation other than the identity."""
+    return shown if activation == "identity" else f"{shown}, activation={activation!r}"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import checks, functional
-from fastnorm.modules.attributes import buffer, parameter
+from fastnorm.modules.attributes import buffer, parameter, with_activation
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -44,7 +44,7 @@ class GroupNorm(torch.nn.GroupNorm):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return _with_activation(super().extra_repr(), self.activation)
+        return with_activation(super().extra_repr(), self.activation)
 
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
@@ -91,7 +91,7 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
 
     def extra_repr(self) -> str:
         shown: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return _with_activation(shown, self.activation)
+        return with_activation(shown, self.activation)
 
 
 class InstanceNorm1d(_InstanceNorm, torch.nn.InstanceNorm1d):
@@ -138,7 +138,3 @@ class InstanceNorm3d(_InstanceNorm, torch.nn.InstanceNorm3d):
     >>> norm(torch.randn(2, 2, 3, 4, 5)).shape
     torch.Size([2, 2, 3, 4, 5])
     """
-
-
-def _with_activation(shown: str, activation: str) -> str:
-    return shown if activation == "identity" else f"{shown}, activation={activation!r}"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import checks, functional
-from fastnorm.modules.attributes import parameter
+from fastnorm.modules.attributes import parameter, with_activation
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -40,7 +40,7 @@ class LayerNorm(torch.nn.LayerNorm):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return _with_activation(super().extra_repr(), self.activation)
+        return with_activation(super().extra_repr(), self.activation)
 
 
 class RMSNorm(torch.nn.RMSNorm):
@@ -74,7 +74,7 @@ class RMSNorm(torch.nn.RMSNorm):
         )  # fmt: skip
 
     def extra_repr(self) -> str:
-        return _with_activation(super().extra_repr(), self.activation)
+        return with_activation(super().extra_repr(), self.activation)
 
 
 class AddLayerNorm(LayerNorm):
@@ -118,7 +118,3 @@ class AddRMSNorm(RMSNorm):
             input, residual, self.normalized_shape, parameter(self, "weight"), self.eps,
             activation=self.activation,
         )  # fmt: skip
-
-
-def _with_activation(shown: str, activation: str) -> str:
-    return shown if activation == "identity" else f"{shown}, activation={activation!r}"
