@@ -100,9 +100,11 @@ def candidates(
         module = _built(layer, library, kind)
         if module is not None:
             calls[name] = _call(module, list(module.parameters()), backward)
-    want, *others = (call(*inputs[0]) for call in calls.values())
-    for got in others:
-        torch.testing.assert_close(got, want, atol=2e-2, rtol=2e-2)
+    # torch.nn's own gradients of a channels_last_3d instance norm are wrong: ask it about planes.
+    planes = (t.detach().contiguous() for t in inputs[0])
+    want, *_ = (calls["torch.nn"](x.requires_grad_(backward), dy) for x, dy in [planes])
+    for name in calls.keys() - {"torch.nn"}:
+        torch.testing.assert_close(calls[name](*inputs[0]), want, atol=2e-2, rtol=2e-2)
     if compiled:
         torch._dynamo.reset()
         module = _built(layer, torch.nn, kind)

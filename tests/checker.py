@@ -27,7 +27,8 @@ from unittest import mock
 
 import numpy as np
 import torch
-from interpreter import Chunk, KernelFault, Launch, Observer, numbered, observed, split
+from accesses import Chunk, KernelFault, Launch, Observer, numbered, split
+from interpreter import observed
 
 __all__ = ["KernelFault", "checked"]
 

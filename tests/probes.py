@@ -44,7 +44,8 @@ def kernels_seen() -> Iterator[set[str]]:
     if HAS_GPU:
         yield names
         return
-    from interpreter import Launch, Observer, observed
+    from accesses import Launch, Observer
+    from interpreter import observed
 
     class Names(Observer):
         def begin(self, launch: Launch) -> None:

@@ -21,13 +21,14 @@ CL, CL3 = torch.channels_last, torch.channels_last_3d
 CONTIGUOUS = torch.contiguous_format
 
 
-@pytest.fixture(params=["direct", "planes", "centred planes", "huge"])
+@pytest.fixture(params=["direct", "planes", "centred planes", "huge", "centred huge"])
 def way(request, monkeypatch):
     """torch's operator, moments of ours (near and far means), own outputs and two-pass backward."""
     monkeypatch.setattr(eager, "SMALL", 0)
     monkeypatch.setattr(eager, "SHORT_PLANE", NEVER if request.param == "direct" else 2)
-    monkeypatch.setattr(native, "is_huge", lambda input: request.param == "huge")
-    monkeypatch.setattr(native, "NEAR", 0 if request.param == "centred planes" else 1e3)
+    monkeypatch.setattr(native, "is_huge", lambda input: "huge" in request.param)
+    monkeypatch.setattr(native, "LONG_COLUMN", 7)
+    monkeypatch.setattr(native, "NEAR", 0 if "centred" in request.param else 1e3)
     return request.param
 
 
@@ -141,6 +142,7 @@ def test_each_way_is_taken(way, monkeypatch):
             "planes": ["moments", "scale_shift"],
             "centred planes": ["moments", "sub", "scale_shift"],
             "huge": ["moments", "scale_shift", "scale_shift"],
+            "centred huge": ["moments", "sub", "scale_shift", "scale_shift"],
         }[way]
     )
 

@@ -5,6 +5,7 @@ import time
 import warnings
 from pathlib import Path
 
+import accesses
 import interpreter
 import numpy as np
 import pytest
@@ -449,7 +450,7 @@ def test_trace_counts_a_shared_weight_once(dtype):
 
 def test_numbering_needs_no_array_over_a_gap():
     address = np.array([2**40, 4, 8, 2**40], np.uint64)
-    number, count = interpreter.numbered(address, 4)
+    number, count = accesses.numbered(address, 4)
     assert count <= 4
     assert number[0] == number[3]
     assert len({*number.tolist()}) == 3

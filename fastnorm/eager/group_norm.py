@@ -11,14 +11,16 @@ bench/bench_eager_group_norm.py measures them, and the ways that were not taken.
   few bytes. The reduction of batch norm's backward, sample by sample, and two elementwise passes
   take their place (16 bits: in float32, a few rows at a time, lest what lies between is rounded).
 * From 32 MB on, the page faults of a new tensor cost more than its arithmetic: outputs are
-  allocated here, on huge pages (see native.py), where planes are contiguous.
+  allocated here, on huge pages (see native.py), and filled from moments of each channel, which are
+  more precise than torch's there.
 * Residual and activation go in place over the output, which nobody else holds yet.
 
 And where torch goes wrong: its channels_last backward writes dx even where none was allocated,
 which ends the process where only the parameters' gradients are wanted. dx is always asked for.
 
 Torch's channels_last forward takes E[x²] − E[x]², and so is κ = |mean| / std times less precise
-than its contiguous one. It is kept: nothing else is as fast, and this is what torch.nn gives.
+than its contiguous one. It is kept below 32 MB and for 16 bits: nothing else is as fast there, and
+this is what torch.nn gives.
 
 Everything else, and all of it under torch.compile, torch.func, forward-mode AD and tracing, is
 `torch.group_norm` and plain operators.
@@ -33,7 +35,7 @@ from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.eager.batch_norm import _WIDER, SHORT_PLANE, _finish, _rounds_between
+from fastnorm.eager.batch_norm import SHORT_PLANE, rounds_between
 from fastnorm.eager.native import STEPS, aten
 
 SHORT = 1 << 17
@@ -58,7 +60,7 @@ def group_norm(
     activation: str,
 ) -> Tensor:
     """`act(group_norm(input) + residual)` of arguments that `functional.group_norm` has checked."""
-    dtype = _WIDER.get(input.dtype, input.dtype)
+    dtype = native.WIDER.get(input.dtype, input.dtype)
     if (  # nothing to cast, add or gain, as of most calls: the shortest way
         residual is None
         and input.numel() > 0
@@ -85,13 +87,13 @@ def group_norm(
     own = native.is_huge(input) or not input.is_contiguous()
     if not own:
         z = torch.group_norm(input, num_groups, weight, bias, eps, False)
-        z = _finish(z, residual, inner)
+        z = native.finish(z, residual, inner)
     elif torch.is_grad_enabled():
         z = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, residual, inner, num_groups, eps
         )
     else:
-        z = _finish(_normalize(input, num_groups, weight, bias, eps)[0], residual, inner)
+        z = native.finish(_normalize(input, num_groups, weight, bias, eps)[0], residual, inner)
     return (z if inner == activation else ACTIVATIONS[activation](z)).to(y_dtype)
 
 
@@ -99,7 +101,7 @@ def _is_exact(input: Tensor, weight: Tensor | None, activation: str) -> bool:
     """Whether torch takes a 16-bit input to be rounded once, or it is too large to be cast."""
     if weight is None or not input.is_cpu:
         return False
-    return activation == "identity" or not _rounds_between(input, None, activation)
+    return activation == "identity" or not rounds_between(input, None, activation)
 
 
 def _needs_no_sums(weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -116,9 +118,9 @@ def prepared(
     activation: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Input, weight and bias, cast such that torch computes in float32 at least."""
-    dtype = _WIDER.get(input.dtype, input.dtype)
+    dtype = native.WIDER.get(input.dtype, input.dtype)
     if dtype is not input.dtype and (
-        not input.is_cpu or _rounds_between(input, residual, activation)
+        not input.is_cpu or rounds_between(input, residual, activation)
     ):
         input = input.to(dtype)
     if weight is None and (bias is not None or input.dtype is not dtype):
@@ -157,29 +159,33 @@ def _normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mean and rstd of a dense input, the latter two (N, G)."""
     N, C = input.shape[:2]
-    S = input[0, 0].numel()
-    if (
-        native.is_huge(input) and input.is_contiguous() and S >= SHORT_PLANE
-        and input.dtype not in _WIDER and eps > 1e-30
+    S = input.numel() // (N * C)
+    if native.is_huge(input) and input.dtype not in native.WIDER and eps > 1e-30 and (
+        S >= SHORT_PLANE or not input.is_contiguous()
     ):  # fmt: skip
         output = native.empty_like(input)
-        planes, out = input.view(1, N * C, S), output.view(1, N * C, S)
-        found = native.moments(planes, out)
-        if found is not None and found[0] is planes:  # no mean so large that its rounding matters
-            _, _, mean_c, var_c = found
-            mean_c, var_c = (t.view(N, num_groups, -1) for t in (mean_c, var_c))
+        parts = list(zip(_parts(input), _parts(output), strict=True))
+        found = [moments for x, out in parts if (moments := native.moments(x, out)) is not None]
+        if len(found) == len(parts):
+            centered, *each = zip(*found, strict=True)
+            offset, mean_c, var_c = (torch.stack(t).view(N, num_groups, -1) for t in each)
             mean = mean_c.mean(2)
-            var = (var_c + (mean_c - mean[..., None]) ** 2).mean(2)
-            mean_c, var_c = (_on_channels(t, C).view(-1) for t in (mean, var))
-            scale, shift = (None if t is None else t.repeat(N) for t in (weight, bias))
-            native.scale_shift(planes, mean_c, var_c, scale, shift, eps, out)
+            apart = mean_c - mean[..., None]
+            var = (var_c + apart * apart).mean(2)
+            rows = (len(parts), -1)
+            scale, bias = (None if t is None else t.repeat(N // len(parts)) for t in (weight, bias))
+            for x, m, v, (_, out) in zip(
+                centered, (offset - apart).view(rows), _on_channels(var, C).view(rows), parts,
+                strict=True,
+            ):  # fmt: skip
+                native.scale_shift(x, m, v, scale, bias, eps, out)
             return output, mean, (var + eps).rsqrt_()
     y, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, S, num_groups, eps)
     return y, mean, rstd
 
 
 class GroupNormFunction(torch.autograd.Function):
-    """`_normalize` and `_finish`, with their gradient."""
+    """`_normalize` and `native.finish`, with their gradient."""
 
     @staticmethod
     def forward(
@@ -193,7 +199,7 @@ class GroupNormFunction(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         output, mean, rstd = _normalize(input, num_groups, weight, bias, eps)
-        _finish(output, residual, activation)
+        native.finish(output, residual, activation)
         activated = None if activation == "identity" else output
         ctx.save_for_backward(input, weight, activated, mean, rstd)
         ctx.activation, ctx.num_groups, ctx.eps = activation, num_groups, eps
@@ -227,7 +233,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if not (for_input or for_weight or for_bias):
         return None, None, None, dr
     N, C = input.shape[:2]
-    S, G = input[0, 0].numel(), ctx.num_groups
+    S, G = input.numel() // (N * C), ctx.num_groups
     K = C // G
     if not _is_slow(input, K):
         found = aten.native_group_norm_backward.default(
@@ -267,9 +273,9 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 def _is_slow(input: Tensor, K: int) -> bool:
     """Whether torch's backward of this input is slower than `_gradients`."""
     if input.is_contiguous():
-        return native.is_huge(input) and input.dtype not in _WIDER
+        return native.is_huge(input) and input.dtype not in native.WIDER
     least = SMALL if K < FEW else LARGE
-    return input[0].numel() >= least and (K < FEW or input.dtype in _WIDER)
+    return input.numel() >= least * len(input) and (K < FEW or input.dtype in native.WIDER)
 
 
 def _on_channels(t: Tensor, channels: int) -> Tensor:
@@ -289,7 +295,7 @@ def _combine(
     g: Tensor, input: Tensor, scale: Tensor, of_input: Tensor, constant: Tensor, output: Tensor
 ) -> None:
     """Write `scale g + of_input input + constant`, of a part, to output, which may be g."""
-    if input.dtype not in _WIDER:
+    if input.dtype not in native.WIDER:
         zero, one = torch.zeros_like(scale), torch.ones_like(scale)
         native.scale_shift(g, zero, one, scale, constant, 0.0, output)
         output.addcmul_(input, native.per_channel(of_input, input))

@@ -7,8 +7,12 @@ torch's own is a batch norm of (1, N·C, S) by its slowest kernel, and loses cha
 * contiguous planes are the groups of a group norm of one channel each, 1.3 to 6 times as fast; or,
   where the running statistics are wanted, the channels of this library's batch norm;
 * in channels_last each sample is a batch of its own, by torch's vectorized batch norm: 3 times as
-  fast forward, 2 with the backward. Small samples are copied to planes and back, since there a
-  group norm of one channel each takes up to 50 times as long.
+  fast forward, 2 with the backward. Its sums over long columns are taken apart (see native.py), for
+  torch's own InstanceNorm is precise there. Small samples are copied to planes and back, since
+  there a group norm of one channel each takes up to 50 times as long.
+
+torch.nn's gradients of a dense channels_last_3d input are wrong (2.13): its errors are as large as
+the gradients.
 """
 
 from typing import Any
@@ -19,7 +23,7 @@ from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.eager.batch_norm import _finish, batch_norm
+from fastnorm.eager.batch_norm import batch_norm, normalize_to
 from fastnorm.eager.group_norm import (
     channels_are_last,
     differentiable_gradients,
@@ -129,7 +133,7 @@ def _by_samples(
             input, weight, bias, residual, inner, eps, statistics
         )
     else:
-        z = _finish(_normalize(input, weight, bias, eps, statistics)[0], residual, inner)
+        z = native.finish(_normalize(input, weight, bias, eps, statistics)[0], residual, inner)
     return (z if inner == activation else ACTIVATIONS[activation](z)).to(y_dtype)
 
 
@@ -144,17 +148,18 @@ def _normalize(
     output = native.empty_like(input)
     dtype = input.dtype if weight is None else weight.dtype
     mean, rstd = torch.empty(2, *input.shape[:2], dtype=dtype)
-    for n in range(len(input)):
+    long = input[0, 0].numel() > native.LONG_COLUMN
+    own_sums = long and input.dtype not in native.WIDER and eps > 1e-30
+    for n, (x, y) in enumerate(zip(torch.split(input, 1), torch.split(output, 1), strict=True)):
         running_mean, running_var = (None, None) if statistics is None else statistics[:, n]
-        torch.native_batch_norm(
-            input[n : n + 1], weight, bias, running_mean, running_var, True, 1.0, eps,
-            out=(output[n : n + 1], mean[n], rstd[n]),
-        )  # fmt: skip
+        mean[n], rstd[n] = normalize_to(
+            y, x, weight, bias, (running_mean, running_var, True, 1.0, eps), own_sums
+        )
     return output, mean, rstd
 
 
 class InstanceNormFunction(torch.autograd.Function):
-    """`_normalize` and `_finish`, with their gradient."""
+    """`_normalize` and `native.finish`, with their gradient."""
 
     @staticmethod
     def forward(
@@ -168,7 +173,7 @@ class InstanceNormFunction(torch.autograd.Function):
         statistics: Tensor | None,
     ) -> Tensor:
         output, mean, rstd = _normalize(input, weight, bias, eps, statistics)
-        _finish(output, residual, activation)
+        native.finish(output, residual, activation)
         activated = None if activation == "identity" else output
         ctx.save_for_backward(input, weight, activated, mean, rstd)
         ctx.activation, ctx.num_groups, ctx.eps = activation, input.shape[1], eps

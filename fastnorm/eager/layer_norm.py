@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.rms_norm import rms_norm
-
-_WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
-"""The dtype that parameters may have besides the input's."""
 
 
 def layer_norm(
@@ -26,7 +24,7 @@ def layer_norm(
 ) -> Tensor:
     """`act(layer_norm(input))` of arguments that `functional.layer_norm` has checked."""
     parameters = [t.dtype for t in (weight, bias) if t is not None]
-    wider = _WIDER.get(input.dtype, input.dtype)
+    wider = native.WIDER.get(input.dtype, input.dtype)
     # torch's CPU operator takes the input's dtype, or float32 of a 16-bit one if there is a weight
     served = (input.dtype, wider) if weight is not None else (input.dtype,)
     if any(dtype is not parameters[0] or dtype not in served for dtype in parameters):
