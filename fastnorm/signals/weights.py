@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnorm.signals.moments import vector_norm
+from fastnorm.signals.moments import Number, number, vector_norm
 
 ALIKE = 1e-5
 """Projections that differ by less, of the largest, are equal: rounding moves them by 1e-7."""
@@ -26,9 +26,14 @@ class Weight:
     def __init__(self, module: nn.Module, parameter: nn.Parameter) -> None:
         self.parameter = parameter
         self.rows = _rows_of(module)
-        self.gradient_norm: Tensor | None = None
-        self.ratio: Tensor | None = None
-        self.projections: tuple[Tensor, Tensor] | None = None
+        self.gradient_norm: Number | None = None
+        self.ratio: Number | None = None
+        self.projections: tuple[Tensor, ...] | None = None
+        self._kept: Tensor | None = None  # their memory, taken before the model takes its own
+        if self.rows is not None and not isinstance(parameter, nn.UninitializedParameter):
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            units = parameter.shape[self.rows]
+            self._kept = torch.empty(2, units, dtype=wide, device=parameter.device)
         self._before: Tensor | None = None
 
     @torch.no_grad()
@@ -39,11 +44,15 @@ class Weight:
             return
         if gradient.is_sparse:
             gradient = gradient.coalesce().values()
-            self.gradient_norm = vector_norm(gradient)
+            self.gradient_norm = number(vector_norm(gradient))
             return
-        self.gradient_norm = vector_norm(gradient)
+        self.gradient_norm = number(vector_norm(gradient))
         if self.rows is not None:
-            self.projections = _project(parameter, self.rows), _project(gradient, self.rows)
+            found = [_project(t, self.rows) for t in (parameter, gradient)]
+            kept = self._kept
+            if kept is not None and kept.shape[1:] == found[0].shape:
+                found = [k.copy_(t) for k, t in zip(kept, found, strict=True)]
+            self.projections = tuple(found)
 
     @torch.no_grad()
     def before_step(self, sample: int) -> None:
@@ -54,11 +63,11 @@ class Weight:
         if self._before is None:
             return
         change = vector_norm(self._part(sample) - self._before)
-        self.ratio = change / vector_norm(self._before)
+        self.ratio = number(change / vector_norm(self._before))
         self._before = None
 
-    def norm(self) -> Tensor:
-        return vector_norm(self.parameter.detach())
+    def norm(self) -> Number:
+        return number(vector_norm(self.parameter.detach()))
 
     def _part(self, sample: int) -> Tensor:
         whole = self.parameter.detach()
