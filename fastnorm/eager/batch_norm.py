@@ -137,6 +137,8 @@ def _converted(
     activation: str,
 ) -> Tensor:
     """`batch_norm` of tensors cast as need be, with a momentum that may be a tensor."""
+    if input.ndim < 2:  # (0,): no channel
+        return input.clone() if residual is None else input + residual
     dtype = native.WIDER.get(input.dtype, input.dtype)
     y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
     if rounds_between(input, residual, activation):
