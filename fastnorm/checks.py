@@ -133,7 +133,7 @@ def batch_statistics(
     if input.dtype not in FLOATS:
         raise NotImplementedError(f"\"batch_norm\" not implemented for '{_scalar_type(input)}'")
     _channel_vectors(input, shape, running_mean, running_var, weight, bias)
-    if axes < 2:
+    if axes < 2 and shape != (0,):  # which torch passes on: it has no channel
         raise IndexError(f"batch_norm needs an input (N, C) or (N, C, *), but got {list(shape)}")
 
 

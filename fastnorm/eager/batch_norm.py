@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastnorm.eager import native
+from fastnorm.eager import formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.native import STEPS, aten
 
@@ -94,10 +94,8 @@ def batch_norm(
         nothing_to_gain = dense and not own and residual is None and activation == "identity"
         plain = nothing_to_gain or native.observed(input)
     if plain or (residual is not None and residual.dtype is not input.dtype):
-        z = torch.batch_norm(
-            input, weight, bias, running_mean, running_var, training, momentum, eps,
-            cpu or torch.backends.cudnn.enabled,
-        )  # fmt: skip
+        statistics = (running_mean, running_var, training, momentum, eps)
+        z = _plain(input, weight, bias, statistics, cpu or torch.backends.cudnn.enabled)
         if residual is not None:
             z = z + residual
         return z if activation == "identity" else ACTIVATIONS[activation](z)
@@ -120,6 +118,21 @@ def batch_norm(
     return z if inner == activation else ACTIVATIONS[activation](z)
 
 
+def _plain(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Statistics,
+    cudnn_enabled: bool,
+) -> Tensor:
+    running_mean, _, training, _, eps = statistics
+    if not training or not native.transformed():
+        return torch.batch_norm(input, weight, bias, *statistics, cudnn_enabled)
+    if running_mean is not None:  # moved by torch's operator, which has rules for it
+        torch.batch_norm(input.detach(), None, None, *statistics, cudnn_enabled)
+    return formulas.batch_norm(input, weight, bias, eps)
+
+
 def _serves(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype is dtype and tensor.is_contiguous()
 
@@ -137,6 +150,8 @@ def _converted(
     activation: str,
 ) -> Tensor:
     """`batch_norm` of tensors cast as need be, with a momentum that may be a tensor."""
+    if input.ndim < 2:  # (0,): no channel
+        return input.clone() if residual is None else input + residual
     dtype = native.WIDER.get(input.dtype, input.dtype)
     y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
     if rounds_between(input, residual, activation):
@@ -150,7 +165,8 @@ def _converted(
     elif not training:
         mean, var = (t.to(dtype).contiguous() for t in (running_mean, running_var))
     else:  # a momentum of one leaves the batch's own statistics in these
-        mean, var = torch.zeros(2, running_mean.numel(), dtype=dtype, device=input.device)
+        # (as vmapped as the input is; torch loses what it should write to a vmapped view)
+        mean, var = (input.new_zeros(running_mean.numel(), dtype=dtype) for _ in range(2))
     y = batch_norm(input, mean, var, weight, bias, training, 1.0, eps, residual, activation, None)
     if training and input.numel() > 0:
         for running, batch in ((running_mean, mean), (running_var, var)):
@@ -249,7 +265,7 @@ class BatchNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        gradients = _differentiable_gradients if torch.is_grad_enabled() else _gradients
+        gradients = _differentiable_gradients if native.is_differentiated(dy) else _gradients
         return *gradients(ctx, dy), None, None  # activation, statistics
 
 
@@ -296,14 +312,14 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
     if activated is not None:
         _, act_backward, arguments = STEPS[ctx.activation]
         g = act_backward.default(dy, activated.detach(), *arguments)
-    if ctx.training:
-        z = torch.batch_norm(input, weight, None, None, None, True, 0.0, ctx.eps, False)
-    else:
+
+    def normalize() -> Tensor:
+        if ctx.training:
+            return formulas.batch_norm(input, weight, None, ctx.eps)
         scale = native.per_channel(rstd if weight is None else rstd * weight, input)
-        z = ((input - native.per_channel(mean, input)) * scale).to(input.dtype)
-    dx, dw = (
-        torch.autograd.grad(z, source, g, create_graph=True)[0] if wanted else None
-        for source, wanted in ((input, for_input), (weight, for_weight))
-    )
+        z: Tensor = (input - native.per_channel(mean, input)) * scale
+        return z.to(input.dtype)
+
+    dx, dw = native.gradients_again(normalize, (input, weight), (for_input, for_weight), g)
     db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None
     return dx, dw, db, g if for_residual else None

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch._prims_common import suggest_memory_format
 
-from fastnorm.eager import native
+from fastnorm.eager import formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.batch_norm import SHORT_PLANE, rounds_between
 from fastnorm.eager.native import STEPS, aten
@@ -70,6 +70,7 @@ def group_norm(
         and (weight is None or weight.dtype is dtype)
         and (bias is None or (weight is not None and bias.dtype is dtype))
         and (input.is_contiguous() or _needs_no_sums(weight, bias))
+        and not native.transformed()
     ):
         z = torch.group_norm(input, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
         return z if activation == "identity" else ACTIVATIONS[activation](z)
@@ -145,6 +146,8 @@ def _plain(
         column = [-1 if axis == 1 else 1 for axis in range(input.dim())]
         z = input if weight is None else input * weight.view(column)
         return (z if bias is None else z + bias.view(column)).to(input.dtype)
+    if native.transformed():
+        return formulas.group_norm(input, num_groups, weight, bias, eps)
     frozen = input.is_cpu and not input.requires_grad
     if frozen and not (input.is_contiguous() or _needs_no_sums(weight, bias)):
         kept = suggest_memory_format(input)
@@ -208,7 +211,7 @@ class GroupNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        gradients = differentiable_gradients if torch.is_grad_enabled() else _gradients
+        gradients = differentiable_gradients if native.is_differentiated(dy) else _gradients
         return *gradients(ctx, dy), None, None, None  # activation, num_groups, eps
 
 
@@ -317,10 +320,9 @@ def differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     if activated is not None:
         _, act_backward, arguments = STEPS[ctx.activation]
         g = act_backward.default(dy, activated.detach(), *arguments)
-    z = _plain(input, ctx.num_groups, weight, None, ctx.eps)
-    dx, dw = (
-        torch.autograd.grad(z, source, g, create_graph=True)[0] if wanted else None
-        for source, wanted in ((input, for_input), (weight, for_weight))
-    )
+    dx, dw = native.gradients_again(
+        lambda: formulas.group_norm(input, ctx.num_groups, weight, None, ctx.eps),
+        (input, weight), (for_input, for_weight), g,
+    )  # fmt: skip
     db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None
     return dx, dw, db, g if for_residual else None

@@ -62,7 +62,9 @@ def instance_norm(
     if running_mean is not None and running_var is not None:
         dtype = torch.promote_types(input.dtype, torch.float32)
         # a momentum of one leaves the instances' own statistics in these
-        statistics = torch.zeros(2, *input.shape[:2], dtype=dtype, device=input.device)
+        # (as vmapped as the input is; torch loses what it should write to a vmapped view)
+        mean, var = (input.new_zeros(input.shape[:2], dtype=dtype) for _ in range(2))
+        statistics = mean, var
     last = not input.is_contiguous() and channels_are_last(input)
     if (
         last
@@ -98,11 +100,11 @@ def _as_channels(
     eps: float,
     residual: Tensor | None,
     activation: str,
-    statistics: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """A batch norm of (1, N·C, S)."""
     N, C = input.shape[:2]
-    mean, var = (None, None) if statistics is None else statistics.view(2, N * C)
+    mean, var = (None, None) if statistics is None else (t.view(N * C) for t in statistics)
     dtype = torch.promote_types(input.dtype, torch.float32)  # gradients are added up over samples
     weight, bias = (None if t is None else t.to(dtype).repeat(N) for t in (weight, bias))
     y = batch_norm(
@@ -120,7 +122,7 @@ def _by_samples(
     eps: float,
     residual: Tensor | None,
     activation: str,
-    statistics: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """A batch norm of each sample."""
     y_dtype = input.dtype
@@ -142,7 +144,7 @@ def _normalize(
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    statistics: Tensor | None,
+    statistics: tuple[Tensor, Tensor] | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mean and rstd of channels_last input; fills the statistics."""
     output = native.empty_like(input)
@@ -151,7 +153,9 @@ def _normalize(
     long = input[0, 0].numel() > native.LONG_COLUMN
     own_sums = long and input.dtype not in native.WIDER and eps > 1e-30
     for n, (x, y) in enumerate(zip(torch.split(input, 1), torch.split(output, 1), strict=True)):
-        running_mean, running_var = (None, None) if statistics is None else statistics[:, n]
+        running_mean, running_var = (
+            (None, None) if statistics is None else (t[n] for t in statistics)
+        )
         mean[n], rstd[n] = normalize_to(
             y, x, weight, bias, (running_mean, running_var, True, 1.0, eps), own_sums
         )
@@ -170,7 +174,7 @@ class InstanceNormFunction(torch.autograd.Function):
         residual: Tensor | None,
         activation: str,
         eps: float,
-        statistics: Tensor | None,
+        statistics: tuple[Tensor, Tensor] | None,
     ) -> Tensor:
         output, mean, rstd = _normalize(input, weight, bias, eps, statistics)
         native.finish(output, residual, activation)
@@ -182,7 +186,7 @@ class InstanceNormFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        gradients = differentiable_gradients if torch.is_grad_enabled() else _gradients
+        gradients = differentiable_gradients if native.is_differentiated(dy) else _gradients
         return *gradients(ctx, dy), None, None, None  # activation, eps, statistics
 
 

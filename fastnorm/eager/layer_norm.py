@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnorm.eager import native
+from fastnorm.eager import formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.rms_norm import rms_norm
 
@@ -31,7 +31,10 @@ def layer_norm(
         weight, bias = (None if t is None else t.to(wider) for t in (weight, bias))
         if weight is None and bias is not None:
             weight = torch.ones_like(bias)
-    z = F.layer_norm(input, tuple(normalized_shape), weight, bias, eps)
+    if native.transformed():
+        z = formulas.layer_norm(input, len(normalized_shape), weight, bias, eps)
+    else:
+        z = F.layer_norm(input, tuple(normalized_shape), weight, bias, eps)
     return z if activation == "identity" else ACTIVATIONS[activation](z)
 
 

@@ -196,7 +196,7 @@ class GramFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         buffers_and_options = (None,) * 6
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        if native.is_differentiated(dy):
             x, _, weight, bias, norm_weight, norm_bias, *found = ctx.saved_tensors
             fixed = None if ctx.training else gram.fixed_moments(gram.Statistics(*found), bias)
             return *differentiable_gradients(
@@ -344,15 +344,12 @@ def differentiable_gradients(
     assert x is not None
     assert weight is not None
     mean, var = (None, None) if fixed is None else fixed
-    sources = [t for t, asked in zip(leaves, wanted, strict=True) if asked and t is not None]
-    gradients: list[Tensor | None] = [None] * 5
-    if sources:
-        y = batch_norm(
+    gradients = native.gradients_again(
+        lambda: batch_norm(
             product(x, weight, bias, training=False), mean, var, norm_weight, norm_bias,
             fixed is None, 0.0, eps if fixed is None else 0.0, None, activation, None,
-        )  # fmt: skip
-        found = iter(torch.autograd.grad(y, sources, dy, create_graph=True))
-        for i, leaf in enumerate(leaves):
-            gradients[i] = next(found) if wanted[i] and leaf is not None else None
+        ),
+        leaves, wanted, dy,
+    )  # fmt: skip
     gradients[2] = bias_gradient(gradients[2], wanted[2], bias_like)
     return tuple(gradients)

@@ -10,7 +10,7 @@ import functools
 import math
 import mmap
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 aten = torch.ops.aten
+_transform = torch._C._functorch.peek_interpreter_stack
 
 HUGE = 1 << 25
 """Bytes from which glibc maps each tensor anew: its largest mmap threshold."""
@@ -166,12 +167,49 @@ def is_huge(input: Tensor) -> bool:
     return input.nbytes >= HUGE and _libc() is not None
 
 
+def transformed() -> bool:
+    """Whether this runs inside a transform of torch.func or forward-mode AD."""
+    return _transform() is not None or forward_ad._current_level >= 0
+
+
+def is_differentiated(dy: Tensor) -> bool:
+    """Whether a backward must take differentiable operators: for create_graph, or a transform."""
+    return (
+        torch.is_grad_enabled()
+        or transformed()
+        or torch._C._functorch.is_legacy_batchedtensor(dy)  # of is_grads_batched
+    )
+
+
+def gradients_again(
+    forward: Callable[[], Tensor],
+    leaves: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+    dz: Tensor,
+) -> list[Tensor | None]:
+    """Those of `forward`, which computes z once more by differentiable operators.
+
+    One for each leaf: None where not wanted, or where z does not depend on it.
+    """
+    gradients: list[Tensor | None] = [None] * len(leaves)
+    sources = [(i, t) for i, t in enumerate(leaves) if t is not None and wanted[i]]
+    if sources:
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            z = forward()
+        found = torch.autograd.grad(
+            z, [t for _, t in sources], dz.to(z.dtype), create_graph=create_graph, allow_unused=True
+        )
+        for (i, _), gradient in zip(sources, found, strict=True):
+            gradients[i] = gradient
+    return gradients
+
+
 def observed(input: Tensor) -> bool:
     """Whether a subclass, a transform, forward-mode AD or a trace watches the operators."""
     return (
         type(input) is not Tensor
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or forward_ad._current_level >= 0
+        or transformed()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )

@@ -108,12 +108,12 @@ class RMSNormFunction(torch.autograd.Function):
         (dy,) = grads
         input, weight, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        if native.is_differentiated(dy):
             axes = tuple(range(-len(ctx.shape), 0))
-            leaves = [t for t, needed in zip((input, weight), wanted, strict=True) if needed]
-            z = _short(input.to(rstd.dtype), axes, weight, ctx.eps)
-            found = iter(torch.autograd.grad(z, leaves, dy.to(z.dtype), create_graph=True))
-            dx, dw = (next(found) if needed else None for needed in wanted)
+            dx, dw = native.gradients_again(
+                lambda: _short(input.to(rstd.dtype), axes, weight, ctx.eps),
+                (input, weight), wanted, dy,
+            )  # fmt: skip
         else:
             dx, dw = _gradients(dy, input, weight, rstd, wanted)
         return dx, dw, None, None  # shape, eps

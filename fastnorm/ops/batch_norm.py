@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import eager
+from fastnorm.eager import native
 from fastnorm.eager.activations import GRAD_FROM_OUTPUT
 from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels.launch import ChannelView
@@ -59,7 +60,7 @@ class BatchNormFunction(torch.autograd.Function):
         x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        if native.is_differentiated(dy):
             return *_differentiable_backward(ctx, dy), *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         with on_device_of(x):
@@ -81,18 +82,12 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     activation = "identity" if y is not None else ctx.activation
     mean, var = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)
     eps = ctx.eps if ctx.training else 0.0  # rstd⁻² is the variance with eps in it
-    leaves = [(t, i) for i, t in enumerate((x, residual, weight, bias)) if t is not None]
-    wanted = [(t, i) for t, i in leaves if ctx.needs_input_grad[i]]
-    gradients: list[Tensor | None] = [None] * 4
-    if wanted:
-        z = eager.batch_norm(
+    gradients = native.gradients_again(
+        lambda: eager.batch_norm(
             x, mean, var, weight, bias, ctx.training, 0.0, eps, residual, activation, None
-        )
-        found = torch.autograd.grad(
-            z, [t for t, _ in wanted], dz.to(z.dtype), create_graph=True, allow_unused=True
-        )
-        for (_, i), gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
+        ),
+        (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,
+    )  # fmt: skip
     if ctx.needs_input_grad[1] and residual is None:
         gradients[1] = dz.to(ctx.residual_dtype)
     if ctx.needs_input_grad[3] and bias is None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import eager
+from fastnorm.eager import native
 from fastnorm.eager.activations import GRAD_FROM_OUTPUT
 from fastnorm.kernels import group_norm as kernels
 from fastnorm.kernels.launch import ChannelView
@@ -60,7 +61,7 @@ class GroupNormFunction(torch.autograd.Function):
         x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 7
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        if native.is_differentiated(dy):
             return *_differentiable_backward(ctx, dy), *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         dz = dx = dw = db = None
@@ -83,16 +84,12 @@ def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, bias, stats, y, residual = ctx.saved_tensors
     dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
     activation = "identity" if y is not None else ctx.activation
-    leaves = [(t, i) for i, t in enumerate((x, residual, weight, bias)) if t is not None]
-    wanted = [(t, i) for t, i in leaves if ctx.needs_input_grad[i]]
-    gradients: list[Tensor | None] = [None] * 4
-    if wanted:
-        z = eager.group_norm(x, ctx.num_groups, weight, bias, ctx.eps, residual, activation)
-        found = torch.autograd.grad(
-            z, [t for t, _ in wanted], dz.to(z.dtype), create_graph=True, allow_unused=True
-        )
-        for (_, i), gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
+    gradients = native.gradients_again(
+        lambda: eager.group_norm(
+            x, ctx.num_groups, weight, bias, ctx.eps, residual, activation
+        ),
+        (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,
+    )  # fmt: skip
     if ctx.needs_input_grad[1] and residual is None:
         gradients[1] = dz.to(ctx.residual_dtype)
     if ctx.needs_input_grad[3] and bias is None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import eager
+from fastnorm.eager import native
 from fastnorm.kernels import layer_norm as kernels
 from fastnorm.ops.layout import as_rows, on_device_of
 
@@ -58,7 +59,7 @@ class LayerNormFunction(torch.autograd.Function):
         dw = db = None
         if dy is None:  # what was saved may have been changed since: the sum, by whoever has it
             dx = dsum
-        elif torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        elif native.is_differentiated(dy):
             dx, dw, db = _differentiable_backward(ctx, dy)
             if dsum is not None and dx is not None:
                 dx = dx + dsum
@@ -87,29 +88,20 @@ def _differentiable_backward(
     x, weight, bias, stats = ctx.saved_tensors
     center = stats.shape[0] == 3
     x_wanted, residual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
-    wanted = {
-        "x": (x, x_wanted or residual_wanted),
-        "weight": (weight, dw_wanted),
-        "bias": (bias, db_wanted),
-    }
-    leaves = {name: t for name, (t, needed) in wanted.items() if needed and t is not None}
-    found: dict[str, Tensor] = {}
-    if leaves:
+
+    def normalize() -> Tensor:
         scale, shift = (None if t is None else t.view(ctx.shape) for t in (weight, bias))
-        y = (
-            eager.layer_norm(x, ctx.shape, scale, shift, ctx.eps, ctx.activation)
-            if center
-            else (eager.rms_norm(x, ctx.shape, scale, ctx.eps, ctx.activation))
-        )
-        gradients = torch.autograd.grad(
-            y, list(leaves.values()), dy.to(y.dtype), create_graph=True, allow_unused=True
-        )
-        found = dict(zip(leaves, gradients, strict=True))
-    db = found.get("bias")
+        if center:
+            return eager.layer_norm(x, ctx.shape, scale, shift, ctx.eps, ctx.activation)
+        return eager.rms_norm(x, ctx.shape, scale, ctx.eps, ctx.activation)
+
+    dx, dw, db = native.gradients_again(
+        normalize, (x, weight, bias), (x_wanted or residual_wanted, dw_wanted, db_wanted), dy
+    )
     if db_wanted and bias is None:  # without an activation the backward does not need it
         size = torch.Size(ctx.shape).numel()
         db = dy.reshape(-1, size).sum(0, dtype=stats.dtype).to(ctx.bias_dtype)
-    return found.get("x"), found.get("weight"), db
+    return dx, dw, db
 
 
 def _normalize(

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastnorm.eager import native
 from fastnorm.eager.linear_batch_norm import (
     bias_gradient,
     count_batch,
@@ -62,7 +63,7 @@ class GramFunction(torch.autograd.Function):
         folded = kernels.Folded(*found)
         wanted = ctx.needs_input_grad[:5]
         buffers_and_options = (None,) * 7
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        if native.is_differentiated(dy):
             return *differentiable_gradients(
                 (x, weight, bias, norm_weight, norm_bias), wanted,
                 None if ctx.training else kernels.fixed_moments(folded, bias),
@@ -115,7 +116,7 @@ class EpilogueFunction(torch.autograd.Function):
         x, z, weight, bias, norm_weight, norm_bias, stats = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
         buffers_and_options = (None,) * 7
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        if native.is_differentiated(dy):
             return *differentiable_gradients(
                 (x, weight, bias, norm_weight, norm_bias), wanted,
                 None if ctx.training else (stats[0] + stats[1], stats[2] ** -2),
