@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastnorm.eager.linear_batch_norm import (
     bias_gradient,
-    count_batch,
     differentiable_gradients,
     product,
 )
+from fastnorm.eager.sync_batch_norm import count_batch
 from fastnorm.kernels import cost
 from fastnorm.kernels import linear_batch_norm as kernels
 from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
@@ -18,6 +18,7 @@ from fastnorm.kernels.launch import ChannelView, device_of
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.layout import channel_view, on_device_of
+from fastnorm.ops.sync_batch_norm import sync_batch_norm
 
 
 class GramFunction(torch.autograd.Function):
@@ -159,8 +160,14 @@ def linear_batch_norm(
     activation: str,
     algorithm: str,
     num_batches_tracked: Tensor | None,
+    group: Any = None,
 ) -> Tensor:
     """`eager.linear_batch_norm` on Triton kernels."""
+    if group is not None:
+        return sync_batch_norm(
+            product(input, weight, bias, training), running_mean, running_var, norm_weight,
+            norm_bias, momentum, eps, None, activation, num_batches_tracked, group,
+        )  # fmt: skip
     x, view = channel_view(input)
     if algorithm == "auto":
         backward = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)

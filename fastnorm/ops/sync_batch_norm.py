@@ -1,0 +1,116 @@
+"""BatchNorm over all processes' batches, as a differentiable operation: views, saved tensors."""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm import eager
+from fastnorm.distributed import gathered, summed
+from fastnorm.eager.sync_batch_norm import count_batch, differentiable_gradients
+from fastnorm.kernels import batch_norm as kernels
+from fastnorm.kernels import sync_batch_norm as sync
+from fastnorm.kernels.launch import ChannelView
+from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """(x, residual, weight, bias) are differentiable; the buffers change in place.
+
+    x is dense, laid out as `view` says, and residual like it; either may be empty.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        eps: float,
+        activation: str,
+        view: ChannelView,
+        group: Any,
+    ) -> Tensor:
+        with on_device_of(x):
+            y, stats, count = sync.forward(
+                x, residual, weight, bias, running_mean, running_var,
+                momentum, eps, activation, view, partial(gathered, group=group),
+            )  # fmt: skip
+        for buffer in (running_mean, running_var):
+            if buffer is not None:
+                torch.autograd.graph.increment_version(buffer)
+        gate = kernels.saved_for_gate(activation, residual is not None)
+        ctx.save_for_backward(
+            x, weight, bias, stats, count,
+            y if gate == "output" else None,
+            residual if gate == "residual" else None,
+        )  # fmt: skip
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.eps, ctx.activation, ctx.view, ctx.group = eps, activation, view, group
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats, count, y, residual = ctx.saved_tensors
+        dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
+        buffers_and_options = (None,) * 7
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return *differentiable_gradients(ctx, dy), *buffers_and_options
+        with on_device_of(x):
+            dx, dz, dw, db = sync.backward(
+                laid_out_as(dy, x), x, y, residual, weight, bias, stats, count,
+                ctx.activation, ctx.view,
+                (
+                    dx_wanted,
+                    ctx.residual_dtype if dresidual_wanted else None,
+                    dw_wanted,
+                    bias.dtype if db_wanted else None,
+                ),
+                partial(summed, group=ctx.group),
+            )  # fmt: skip
+        dresidual = None
+        if dresidual_wanted:  # without a dz there is nothing between the sum and the output
+            dresidual = (dy if dz is None else dz).to(ctx.residual_dtype)
+        return dx, dresidual, dw, db, *buffers_and_options
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    num_batches_tracked: Tensor | None,
+    group: Any,
+) -> Tensor:
+    """`eager.sync_batch_norm` on Triton kernels."""
+    strided = any(b is not None and not b.is_contiguous() for b in (running_mean, running_var))
+    if strided or torch.compiler.is_compiling():
+        return eager.sync_batch_norm(
+            input, running_mean, running_var, weight, bias,
+            momentum, eps, residual, activation, num_batches_tracked, group,
+        )  # fmt: skip
+    x, view = channel_view(input)
+    y: Tensor = SyncBatchNormFunction.apply(
+        x,
+        None if residual is None else laid_out_as(residual, x),
+        None if weight is None else weight.reshape(-1).contiguous(),
+        None if bias is None else bias.reshape(-1).contiguous(),
+        running_mean,
+        running_var,
+        count_batch(num_batches_tracked, True, momentum),
+        eps,
+        activation,
+        view,
+        group,
+    )
+    return y
