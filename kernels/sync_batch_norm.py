@@ -6,7 +6,7 @@ others to see; what everybody has left is merged in the order of the ranks. x is
 channel cannot do it all. An empty part launches the merge alone, on the same vectors.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ _MERGE = {"BLOCK_C": MERGE_CHANNELS, "BLOCK_P": MERGE_PARTIALS, "num_warps": MER
 
 
 def _moments(
-    x: Tensor, view: ChannelView, found: tuple[Tensor, Tensor] | None, dtype: torch.dtype
+    x: Tensor, view: ChannelView, found: Sequence[Tensor] | None, dtype: torch.dtype
 ) -> Tensor:
     """Mean, rest, std and count of this process's part: (3C + 1,)."""
     if x.numel() == 0:
@@ -64,7 +64,7 @@ def forward(
     activation: str,
     view: ChannelView,
     gathered: Callable[[Tensor], Tensor],
-    found: tuple[Tensor, Tensor] | None = None,
+    found: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, stats, count): as batch_norm.forward in training, and a channel's values, ().
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastnorm
 import fastnorm.functional as FF
+from fastnorm.functional.linear_batch_norm import LINEAR_ALGORITHMS
 
 Result = dict[str, Any]
 
@@ -129,7 +130,7 @@ def _run(case: Shared, rank: int) -> Result:
         leaf.requires_grad_(case.only in ("", name))
     count = torch.tensor(4)
     mean, var = given.get("running_mean"), given.get("running_var")
-    with _counted() as collectives:
+    with counted() as collectives:
         y = FF.batch_norm(
             leaves["x"], mean, var, leaves.get("weight"), leaves.get("bias"), True, case.momentum,
             residual=leaves.get("residual"), activation=case.activation,
@@ -145,7 +146,69 @@ def _run(case: Shared, rank: int) -> Result:
     }
 
 
-class _counted:  # noqa: N801  a context manager
+LINEAR_PARTS = {
+    "two parts": (40, 29),
+    "first part empty": (0, 33),
+    "far from 0": (17, 30),
+}
+
+
+def linear_tensors(name: str) -> tuple[Tensor, ...]:
+    """x, weight, bias, norm_weight, norm_bias, running_mean, running_var, dy."""
+    generator = torch.Generator().manual_seed(3)
+    M, K, N = sum(LINEAR_PARTS[name]), 5, 18
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator)
+
+    x = draw(M, K) + (50.0 if name == "far from 0" else 0.5)
+    small = draw(N) * 0.3 + 1, draw(N), draw(N), draw(N).abs() + 0.5
+    return x, draw(N, K), draw(N), *small, draw(M, N)
+
+
+LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias")
+
+
+def results_of_linear(rank: int, processes: int) -> dict[tuple[str, ...], Result]:
+    """For each backend, algorithm and case: output, gradients and buffers of this rank's part."""
+    found = {}
+    for backend in ranks.backends():
+        with fastnorm.use_backend(backend):
+            for algorithm in LINEAR_ALGORITHMS:
+                for name, parts in LINEAR_PARTS.items():
+                    parts = (*parts, *[0] * (processes - 2))
+                    x, *small, dy = linear_tensors(name)
+                    x, dy = (t.split(list(parts))[rank].contiguous() for t in (x, dy))
+                    *leaves, mean, var = x, *small
+                    for leaf in leaves:
+                        leaf.requires_grad_()
+                    with counted() as collectives:
+                        y = FF.linear_batch_norm(
+                            *leaves[:3], mean, var, *leaves[3:], training=True,
+                            algorithm=algorithm, process_group=dist.group.WORLD,
+                        )  # fmt: skip
+                        gradients = torch.autograd.grad(y, leaves, dy)
+                    found[backend, algorithm, name] = {
+                        "y": y.detach(), "running_mean": mean, "running_var": var,
+                        "collectives": list(collectives),
+                    } | {f"d{n}": g for n, g in zip(LEAVES, gradients, strict=True)}  # fmt: skip
+    return found
+
+
+def expected_linear(name: str) -> dict[str, Tensor]:
+    x, *small, dy = (t.double() for t in linear_tensors(name))
+    *leaves, mean, var = x, *small
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y, mean, var = reference.linear_batch_norm(
+        *leaves[:3], mean, var, *leaves[3:], True, 0.1, 1e-5, "relu"
+    )
+    gradients = torch.autograd.grad(y, leaves, dy)
+    found = {"y": y.detach(), "running_mean": mean, "running_var": var}
+    return found | {f"d{n}": g for n, g in zip(LEAVES, gradients, strict=True)}
+
+
+class counted:  # noqa: N801  a context manager
     """The names of the collectives of a block."""
 
     names = ("all_gather_single", "all_gather_into_tensor", "all_gather", "all_reduce")

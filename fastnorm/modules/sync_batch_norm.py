@@ -1,17 +1,21 @@
-"""SyncBatchNorm."""
+"""SyncBatchNorm.
+
+It has torch.nn.SyncBatchNorm's signature, parameters, buffers and rules but is not a subclass of
+it: DistributedDataParallel refuses models on a CPU in which it finds one.
+"""
 
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnorm import checks, functional
+from fastnorm import functional
 from fastnorm.distributed import group_of
 from fastnorm.modules.attributes import parameter
 from fastnorm.modules.batch_norm import _BatchNorm
 
 
-class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
+class SyncBatchNorm(_BatchNorm):
     r"""`torch.nn.SyncBatchNorm` with a fused residual sum and activation, on a CPU as well.
 
     .. math:: y = \mathrm{act}\bigl(\mathrm{BN}(x) + r\bigr)
@@ -52,19 +56,17 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
         activation: str = "identity",
         **kwargs: Any,  # what a newer torch's constructor accepts besides (2.13: bias)
     ) -> None:
-        checks.activation(activation)
-        torch.nn.SyncBatchNorm.__init__(
-            self, num_features, eps, momentum, affine, track_running_stats, process_group,
-            device, dtype, **kwargs,
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype,
+            activation=activation, **kwargs,
         )  # fmt: skip
-        self.activation = activation
+        self.process_group = process_group
 
     def group(self) -> Any:
         return group_of(self.process_group) if self.training else None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check_rank(input)
-        self._check_non_zero_input_channels(input)
         mean, var, training, momentum, count = self.statistics()
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
         return functional.batch_norm(
@@ -72,6 +74,12 @@ class SyncBatchNorm(_BatchNorm, torch.nn.SyncBatchNorm):
             residual=residual, activation=self.activation, num_batches_tracked=count,
             process_group=self.group(),
         )  # fmt: skip
+
+    def check_rank(self, input: Tensor) -> None:
+        if input.ndim < 2:
+            raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
+        if input.shape[1] == 0:
+            raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 
     @classmethod
     def convert_sync_batchnorm(

@@ -18,7 +18,7 @@ from fastnorm.kernels.launch import ChannelView, device_of
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.layout import channel_view, on_device_of
-from fastnorm.ops.sync_batch_norm import sync_batch_norm
+from fastnorm.ops.sync_batch_norm import linear_sync_batch_norm
 
 
 class GramFunction(torch.autograd.Function):
@@ -164,9 +164,9 @@ def linear_batch_norm(
 ) -> Tensor:
     """`eager.linear_batch_norm` on Triton kernels."""
     if group is not None:
-        return sync_batch_norm(
-            product(input, weight, bias, training), running_mean, running_var, norm_weight,
-            norm_bias, momentum, eps, None, activation, num_batches_tracked, group,
+        return linear_sync_batch_norm(
+            input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
+            momentum, eps, activation, algorithm, num_batches_tracked, group,
         )  # fmt: skip
     x, view = channel_view(input)
     if algorithm == "auto":
