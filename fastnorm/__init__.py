@@ -16,6 +16,7 @@ from fastnorm.modules.linear_batch_norm import (
     Conv3dBatchNorm,
     LinearBatchNorm,
 )
+from fastnorm.modules.sync_batch_norm import SyncBatchNorm
 
 __version__ = "0.1.0"
 
@@ -23,6 +24,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "SyncBatchNorm",
     "GroupNorm",
     "InstanceNorm1d",
     "InstanceNorm2d",

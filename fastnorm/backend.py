@@ -72,8 +72,8 @@ def backend_for(tensor: Tensor) -> str:
     """The backend, `"triton"` or `"eager"`, that an operation on `tensor` takes now.
 
     `auto` is Triton for CUDA and HIP tensors of float16, bfloat16, float32 or float64 where Triton
-    imports, else eager. Empty tensors and tensors inside `torch.func` transforms or forward-mode
-    differentiation are always served by eager.
+    imports, else eager. Empty tensors, tensors that wrap others (DTensor), and tensors inside
+    `torch.func` transforms or forward-mode differentiation are always served by eager.
 
     Raises:
         RuntimeError: Triton was asked for by name and cannot run on the tensor's device.
@@ -85,7 +85,9 @@ def backend_for(tensor: Tensor) -> str:
     name = _asked.name
     if name == "eager" or (name == "auto" and not tensor.is_cuda):
         return "eager"
-    if tensor.dtype not in TRITON_DTYPES or tensor.numel() == 0 or _transformed():
+    if tensor.dtype not in TRITON_DTYPES or tensor.numel() == 0:
+        return "eager"
+    if _transformed() or hasattr(tensor, "__tensor_flatten__"):  # a DTensor has no memory itself
         return "eager"
     if name == "auto":
         return "triton" if _has_triton() else "eager"

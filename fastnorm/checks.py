@@ -109,11 +109,15 @@ def batch_statistics(
     bias: Tensor | None,
     training: bool,
     eps: float,
+    alone: bool = True,
 ) -> None:
-    """What batch norm of a tensor of `shape`, like `input` otherwise, asks of its arguments."""
+    """What batch norm of a tensor of `shape`, like `input` otherwise, asks of its arguments.
+
+    Where it is not `alone`, other processes may have more values of a channel.
+    """
     axes = len(shape)
     if training:
-        if axes and shape[0] <= 1 and _per_channel(shape) == 1:
+        if alone and axes and shape[0] <= 1 and _per_channel(shape) == 1:
             raise ValueError(
                 "Expected more than 1 value per channel when training, "
                 f"got input size torch.Size({list(shape)})"

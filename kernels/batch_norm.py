@@ -22,6 +22,7 @@ gradient, and the apply pass reads dz in place of dy and y: 7 passes in all. A p
 take 6, plus 1/8 byte an element at three places, and a kernel that packs bits.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ from fastnorm.kernels.launch import (
 from fastnorm.kernels.sums import sum_partials
 
 
-class _Launch(NamedTuple):
+class Launch(NamedTuple):
     """What the launches of one tensor share."""
 
     plan: ChannelPlan
@@ -63,7 +64,7 @@ class _Launch(NamedTuple):
     dtype: torch.dtype  # of what is computed in
 
 
-def _launch(x: Tensor, view: ChannelView) -> _Launch:
+def launch_of(x: Tensor, view: ChannelView) -> Launch:
     plan = channel_plan(*view, x.element_size(), device_of(x.device))
     sizes = (*view[:3], plan.programs, plan.tiles, plan.tiles_per_program)
     tile = {
@@ -73,7 +74,7 @@ def _launch(x: Tensor, view: ChannelView) -> _Launch:
     }  # fmt: skip
     merge = {"BLOCK_C": MERGE_CHANNELS, "BLOCK_P": MERGE_PARTIALS, "num_warps": MERGE_WARPS}
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    return _Launch(plan, sizes, tile, (cdiv(view.C, MERGE_CHANNELS),), merge, dtype)
+    return Launch(plan, sizes, tile, (cdiv(view.C, MERGE_CHANNELS),), merge, dtype)
 
 
 def forward(
@@ -95,7 +96,7 @@ def forward(
 
     `found` are partial statistics (3, P, C) and their counts (P,), where whoever made x left some.
     """
-    plan, sizes, tile, merge_grid, merge, dtype = _launch(x, view)
+    plan, sizes, tile, merge_grid, merge, dtype = launch_of(x, view)
     act, _ = ACTIVATIONS[activation]
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty_like(x, dtype=y_dtype)
@@ -145,14 +146,17 @@ def backward(
     activation: str,
     view: ChannelView,
     wanted: tuple[bool, torch.dtype | None, bool, torch.dtype | None],
+    count: Tensor | None = None,
+    summed: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Return (dx, dz, dweight, dbias), None where not `wanted`; dy, y and residual laid out as x.
 
     y or residual is given as `saved_for_gate` says; only then is there a dz other than dy, the
     residual's gradient. bias is given where act′ needs z. dz (unless it is also read again) and
-    dbias have the dtypes `wanted`.
+    dbias have the dtypes `wanted`. Where other processes have parts of the batch, `summed` adds up
+    (2, C) over all of them, and a channel has `count` values.
     """
-    plan, sizes, tile, _, _, dtype = _launch(x, view)
+    plan, sizes, tile, _, _, dtype = launch_of(x, view)
     _, gate = ACTIVATIONS[activation]
     wants_dx, dz_dtype, wants_dw, db_dtype = wanted
     dx = torch.empty_like(x) if wants_dx else None
@@ -162,13 +166,14 @@ def backward(
     sums = dw is not None or db is not None or through_statistics
     dz = None
     gated = y is not None or residual is not None
-    if gated and through_statistics and not plan.whole:
+    whole = plan.whole and summed is None
+    if gated and through_statistics and not whole:
         dz = torch.empty_like(dy)  # the apply pass reads it: no coarser than dy, whatever is wanted
     elif gated and dz_dtype is not None:
         dz = torch.empty_like(dy, dtype=dz_dtype)
     sources = (dy, x if sums or (y is None and activation != "identity") else None, y, residual)
 
-    if plan.whole:
+    if whole:
         batch_norm_bwd_kernel[plan.grid](
             *sources, weight, bias, stats, dx, dz, dw, db, *view[:3], plan.tiles,
             ACT_GRAD=gate, TRAINING=training, **tile,
@@ -186,9 +191,10 @@ def backward(
         total = torch.empty(2, view.C, dtype=dtype, device=x.device)
     if partial is not None:
         sum_partials(partial[0], partial[1], total, dw, db)
-    if through_statistics:
+    if total is not None:
+        total = total if summed is None else summed(total)
         batch_norm_bwd_apply_kernel[plan.grid](
-            dy if dz is None else dz, x, weight, bias, stats, total, dx, *sizes,
+            dy if dz is None else dz, x, weight, bias, stats, total, count, dx, *sizes,
             ACT_GRAD=gate if dz is None else ACTIVATIONS["identity"][1], **tile,
         )  # fmt: skip
     return dx, dz, dw, db

@@ -80,7 +80,7 @@ def batch_norm_bwd_reduce_kernel(
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_apply_kernel(
     dy_ptr, x_ptr, w_ptr, b_ptr,            # dy is dz where reduce wrote it
-    stats_ptr, sums_ptr, dx_ptr,            # (3, C), (2, C), (N, C, S)
+    stats_ptr, sums_ptr, count_ptr, dx_ptr,  # (3, C), (2, C), () or None: N·S; (N, C, S)
     N, C, S, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
@@ -91,6 +91,8 @@ def batch_norm_bwd_apply_kernel(
     mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
     w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     M = (N * S).to(ACC)
+    if count_ptr is not None:  # other processes have parts of the batch
+        M = tl.load(count_ptr)
     dw = load_as(sums_ptr, c, cmask, ACC)
     db = load_as(sums_ptr, C + c, cmask, ACC)
     input_gradient_of_tiles(

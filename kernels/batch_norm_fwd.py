@@ -36,19 +36,61 @@ def moving_average(running_ptr, c, cmask, value, momentum, momentum_ptr):
 
 
 @triton.jit
+def move_statistics(
+    mean, rest, std, M, c, cmask, running_mean_ptr, running_var_ptr, momentum_ptr, momentum
+):
+    moving_average(running_mean_ptr, c, cmask, mean + rest, momentum, momentum_ptr)
+    unbiased = std * std * (M / (M - 1.0))
+    moving_average(running_var_ptr, c, cmask, unbiased, momentum, momentum_ptr)
+
+
+@triton.jit
+def save_stats(mean, rest, std, eps, c, cmask, C, stats_ptr):
+    rstd = rstd_of(std, tl.full((), eps, std.dtype))
+    tl.store(stats_ptr + c, mean, mask=cmask)
+    tl.store(stats_ptr + C + c, rest, mask=cmask)
+    tl.store(stats_ptr + 2 * C + c, rstd, mask=cmask)
+    return rstd
+
+
+@triton.jit
 def finalize(
     mean, rest, std, M, eps, c, cmask, C,
     stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
 ):  # fmt: skip
     """Save the statistics of channels of M elements, and move their running ones; returns rstd."""
-    rstd = rstd_of(std, tl.full((), eps, std.dtype))
-    tl.store(stats_ptr + c, mean, mask=cmask)
-    tl.store(stats_ptr + C + c, rest, mask=cmask)
-    tl.store(stats_ptr + 2 * C + c, rstd, mask=cmask)
-    moving_average(running_mean_ptr, c, cmask, mean + rest, momentum, momentum_ptr)
-    unbiased = std * std * (M / (M - 1.0))
-    moving_average(running_var_ptr, c, cmask, unbiased, momentum, momentum_ptr)
+    rstd = save_stats(mean, rest, std, eps, c, cmask, C, stats_ptr)
+    move_statistics(
+        mean, rest, std, M, c, cmask, running_mean_ptr, running_var_ptr, momentum_ptr, momentum
+    )
     return rstd
+
+
+@triton.jit
+def merge_moments(
+    partial_ptr, count_ptr, first, c, cmask, P, step, stat, count_step, BLOCK_P: tl.constexpr
+):
+    """(count, mean, rest, std) of channels over P partial statistics; that of `first` is not empty.
+
+    Statistic i of partial p is at i·stat + p·step + c, its count at p·count_step.
+    """
+    ACC: tl.constexpr = partial_ptr.dtype.element_ty
+    base = finite_or_zero(tl.load(partial_ptr + first * step + c, mask=cmask, other=0.0))
+    count = tl.zeros((1,), ACC)
+    mean = tl.zeros(c.shape, ACC)  # relative to base
+    std = tl.zeros(c.shape, ACC)
+    for start in range(first // BLOCK_P * BLOCK_P, P, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        at = (p.to(tl.int64) * step)[:, None] + c[None, :]
+        count_p = load_as(count_ptr, p.to(tl.int64) * count_step, p < P, ACC)
+        mask = (count_p > 0.0)[:, None] & cmask[None, :]
+        mean_p = load_as(partial_ptr, at, mask, ACC) - base[None, :]
+        mean_p = tl.where(mask, mean_p + load_as(partial_ptr, stat + at, mask, ACC), 0.0)
+        std_p = load_as(partial_ptr, 2 * stat + at, mask, ACC)
+        count_b, mean_b, std_b = merge_partials(count_p[:, None], mean_p, std_p)
+        count, mean, std = merge_two(count, mean, std, count_b, mean_b, std_b)
+    mean, rest = two_sum(base, mean)
+    return count, mean, rest, std
 
 
 @triton.jit
@@ -121,24 +163,11 @@ def batch_norm_fwd_finalize_kernel(
     C, P,
     BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
 ):  # fmt: skip
-    ACC: tl.constexpr = partial_ptr.dtype.element_ty
     C = C.to(tl.int64)
     c, cmask = channels_of(tl.program_id(0), C, BLOCK_C)
-    base = finite_or_zero(tl.load(partial_ptr + c, mask=cmask, other=0.0))
-    count = tl.zeros((1,), ACC)
-    mean = tl.zeros((BLOCK_C,), ACC)  # relative to base
-    std = tl.zeros((BLOCK_C,), ACC)
-    for start in range(0, P, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        at = (p.to(tl.int64) * C)[:, None] + c[None, :]
-        mask = (p < P)[:, None] & cmask[None, :]
-        count_p = load_as(count_ptr, p, p < P, ACC)
-        mean_p = load_as(partial_ptr, at, mask, ACC) - base[None, :]
-        mean_p = tl.where(mask, mean_p + load_as(partial_ptr, P * C + at, mask, ACC), 0.0)
-        std_p = load_as(partial_ptr, 2 * P * C + at, mask, ACC)
-        count_b, mean_b, std_b = merge_partials(count_p[:, None], mean_p, std_p)
-        count, mean, std = merge_two(count, mean, std, count_b, mean_b, std_b)
-    mean, rest = two_sum(base, mean)
+    count, mean, rest, std = merge_moments(
+        partial_ptr, count_ptr, 0, c, cmask, P, C, P * C, 1, BLOCK_P
+    )
     finalize(
         mean, rest, std, count, eps, c, cmask, C,
         stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,

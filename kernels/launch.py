@@ -20,7 +20,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
 
 # Kernel arguments that change from batch to batch: Triton must not compile again where one of them
 # is 1 or a multiple of 16.
-SIZES = ("N", "C", "S", "P", "tiles", "tiles_per_program")
+SIZES = ("N", "C", "S", "P", "R", "tiles", "tiles_per_program")
 ROW_SIZES = (
     "M", "N", "P", "tiles", "tiles_per_program",
     "stride_dy_row", "stride_x_row", "stride_residual_row", "stride_dsum_row",

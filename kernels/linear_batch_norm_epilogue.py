@@ -21,6 +21,25 @@ from fastnorm.kernels.products import (
 )
 
 
+def product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, view: ChannelView, training: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """Return (z, found) of x (B, K, *); found for batch_norm.forward, None in evaluation."""
+    B, K, S = view[:3]
+    N = weight.shape[0]
+    z = empty_rows(x, N, view)
+    plan, tile = output_tiles(x, view, N)
+    found = None
+    if training:
+        empty = partial(torch.empty, dtype=compute_dtype(x.dtype), device=x.device)
+        found = empty((3, plan.tiles, N)), empty((plan.tiles,))
+    linear_batch_norm_fwd_epilogue_kernel[(plan.tiles * cdiv(N, tile["BLOCK_N"]),)](
+        x, weight, bias, z, *(found or (None, None)), B, N, K, S, plan.tiles,
+        PRECISION=precision(x.dtype), GROUP=GROUP, **tile, **aligns(view, N, K),
+    )  # fmt: skip
+    return z, found
+
+
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -36,21 +55,10 @@ def forward(
     view: ChannelView,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return (y, z, stats) of x (M, K), stats (3, N) with the rows mean, rest, rstd."""
-    B, K, S = view[:3]
-    N = weight.shape[0]
-    z = empty_rows(x, N, view)
-    plan, tile = output_tiles(x, view, N)
-    found = None
-    if training:
-        empty = partial(torch.empty, dtype=compute_dtype(x.dtype), device=x.device)
-        found = empty((3, plan.tiles, N)), empty((plan.tiles,))
-    linear_batch_norm_fwd_epilogue_kernel[(plan.tiles * cdiv(N, tile["BLOCK_N"]),)](
-        x, weight, bias, z, *(found or (None, None)), B, N, K, S, plan.tiles,
-        PRECISION=precision(x.dtype), GROUP=GROUP, **tile, **aligns(view, N, K),
-    )  # fmt: skip
+    z, found = product(x, weight, bias, view, training)
     y, stats = batch_norm.forward(
         z, None, norm_weight, norm_bias, running_mean, running_var, None,
-        training, momentum, eps, activation, ChannelView(B, N, S, view.columns),
+        training, momentum, eps, activation, view._replace(C=weight.shape[0]),
         found,
     )  # fmt: skip
     return y, z, stats

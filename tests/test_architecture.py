@@ -25,6 +25,7 @@ LAYERS = [  # top to bottom; a file may import only from its own layer and those
     "fastnorm.backend",
     "fastnorm.ops",  # above eager: what a kernel cannot do is done there
     "fastnorm.eager",
+    "fastnorm.distributed",
     "fastnorm.kernels",
     "fastnorm.kernels.launch",
     "fastnorm.kernels.device",

@@ -6,6 +6,7 @@ from fastnorm.eager.instance_norm import instance_norm
 from fastnorm.eager.layer_norm import add_layer_norm, add_rms_norm, layer_norm
 from fastnorm.eager.linear_batch_norm import linear_batch_norm
 from fastnorm.eager.rms_norm import rms_norm
+from fastnorm.eager.sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "add_layer_norm",
@@ -16,4 +17,5 @@ __all__ = [
     "layer_norm",
     "linear_batch_norm",
     "rms_norm",
+    "sync_batch_norm",
 ]

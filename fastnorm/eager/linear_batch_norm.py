@@ -19,6 +19,7 @@ from fastnorm.eager import gram, native
 from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
 from fastnorm.eager.batch_norm import batch_norm
 from fastnorm.eager.native import STEPS
+from fastnorm.eager.sync_batch_norm import count_batch, sync_batch_norm
 from fastnorm.kernels import cost
 
 BLOCK_BYTES = 1 << 20
@@ -41,12 +42,18 @@ def linear_batch_norm(
     activation: str,
     algorithm: str,
     num_batches_tracked: Tensor | None,
+    group: Any = None,
 ) -> Tensor:
     """`act(batch_norm(input weightᵀ + bias))` over axis 1 of input (M, K) or (B, K, *).
 
     Arguments are those that `functional.linear_batch_norm` has checked; input, weight and bias have
-    one dtype.
+    one dtype. With a `group` of processes, the statistics of training are everybody's.
     """
+    if group is not None:
+        return sync_batch_norm(
+            product(input, weight, bias, training), running_mean, running_var, norm_weight,
+            norm_bias, momentum, eps, None, activation, num_batches_tracked, group,
+        )  # fmt: skip
     if algorithm != "epilogue" and algorithm != "unfused":
         rows = _rows(input)
         if rows is not None and _takes_gram(rows, weight, training, activation, algorithm):
@@ -89,17 +96,6 @@ class _ZeroGradient(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
         shape, dtype, device = ctx.bias_like
         return grads[0], torch.zeros(shape, dtype=dtype, device=device)
-
-
-def count_batch(
-    num_batches_tracked: Tensor | None, training: bool, momentum: float | Tensor | None
-) -> float | Tensor:
-    """Count the batch; the share it has in the buffers."""
-    if training and num_batches_tracked is not None:
-        num_batches_tracked.add_(1)
-        if momentum is None:  # the cumulative average
-            return num_batches_tracked.double().reciprocal()
-    return 0.0 if momentum is None else momentum  # without a count there is no buffer to move
 
 
 def _rows(input: Tensor) -> Tensor | None:

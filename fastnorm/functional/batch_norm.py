@@ -1,9 +1,12 @@
 """Batch normalization."""
 
+from typing import Any
+
 from torch import Tensor
 
 from fastnorm import checks
 from fastnorm.backend import implementation
+from fastnorm.distributed import group_of
 
 
 def batch_norm(
@@ -19,6 +22,7 @@ def batch_norm(
     residual: Tensor | None = None,
     activation: str = "identity",
     num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     r"""Normalize each channel over the batch and all positions, then add, then activate.
 
@@ -38,6 +42,9 @@ def batch_norm(
         activation: "identity", "relu", "relu6", "leaky_relu" (slope 0.01), "elu", "silu", "gelu"
             (erf), "gelu_tanh", "tanh", "sigmoid" or "hardswish".
         num_batches_tracked: 0-dimensional integer buffer, incremented in training.
+        process_group: a `torch.distributed` group whose processes all call this; in training the
+            batch is that of all of them, whose parts may differ in size and be empty. One
+            collective forward and one backward. Gradients of weight and bias are of the own part.
 
     Raises:
         ValueError: one value per channel in training; one running buffer without the other; an eps
@@ -53,7 +60,10 @@ def batch_norm(
             [1., 1.]])
     """
     shape = input.shape
-    checks.batch_statistics(shape, input, running_mean, running_var, weight, bias, training, eps)
+    group = group_of(process_group) if training and process_group is not None else None
+    checks.batch_statistics(
+        shape, input, running_mean, running_var, weight, bias, training, eps, group is None
+    )
     if residual is not None:
         checks.residual(residual, shape, input)
     if activation != "identity":
@@ -62,8 +72,15 @@ def batch_norm(
         momentum = checks.momentum(momentum, num_batches_tracked, input)
     if type(eps) is not float:
         eps = float(eps)
-    y: Tensor = implementation(input).batch_norm(
-        input, running_mean, running_var, weight, bias,
-        training, momentum, eps, residual, activation, num_batches_tracked,
-    )  # fmt: skip
+    if group is None:
+        y: Tensor = implementation(input).batch_norm(
+            input, running_mean, running_var, weight, bias,
+            training, momentum, eps, residual, activation, num_batches_tracked,
+        )  # fmt: skip
+    else:  # an empty part as any other: all processes find the same bits
+        like = input if input.numel() else input.new_empty(1)
+        y = implementation(like).sync_batch_norm(
+            input, running_mean, running_var, weight, bias,
+            momentum, eps, residual, activation, num_batches_tracked, group,
+        )  # fmt: skip
     return y

@@ -1,11 +1,15 @@
 """A linear layer or a convolution, then batch normalization and activation."""
 
+from types import ModuleType
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastnorm import checks
 from fastnorm.backend import implementation
+from fastnorm.distributed import group_of
 from fastnorm.functional.batch_norm import batch_norm
 
 LINEAR_ALGORITHMS = ("auto", "gram", "epilogue", "unfused")
@@ -26,6 +30,7 @@ def linear_batch_norm(
     activation: str = "relu",
     algorithm: str = "auto",
     num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     r"""Linear layer, batch norm of its output over all leading axes, activation.
 
@@ -39,8 +44,8 @@ def linear_batch_norm(
             pre-activation; "epilogue" writes it once, with its statistics; "unfused" is torch's
             product, then `batch_norm` of this library. "auto" picks what a model of flops and bytes
             finds fastest (docs/linear_batch_norm.md).
-        running_mean, running_var, training, momentum, eps, activation, num_batches_tracked: as in
-            `batch_norm`.
+        running_mean, running_var, training, momentum, eps, activation, num_batches_tracked,
+            process_group: as in `batch_norm`.
 
     Raises:
         ValueError, RuntimeError: as `batch_norm` and `torch.nn.functional.linear`; ValueError where
@@ -57,9 +62,11 @@ def linear_batch_norm(
     """
     checks.linear(input, weight, bias)
     shape = (input.shape[:-1].numel(), weight.shape[0])
+    group = group_of(process_group) if training and process_group is not None else None
     checks.batch_statistics(
-        shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps
-    )
+        shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps,
+        group is None,
+    )  # fmt: skip
     checks.activation(activation)
     checks.algorithm(algorithm, LINEAR_ALGORITHMS, activation)
     if type(momentum) is not float:
@@ -68,11 +75,16 @@ def linear_batch_norm(
         eps = float(eps)
     input, weight, bias = _of_one_dtype(input, weight, bias)
     rows = input if input.ndim == 2 else input.flatten(0, -2)
-    y: Tensor = implementation(rows).linear_batch_norm(
+    y: Tensor = _implementation(rows, group).linear_batch_norm(
         rows, weight, bias, running_mean, running_var, norm_weight, norm_bias,
-        training, momentum, eps, activation, algorithm, num_batches_tracked,
+        training, momentum, eps, activation, algorithm, num_batches_tracked, group,
     )  # fmt: skip
     return y if input.ndim == 2 else y.view(*input.shape[:-1], -1)
+
+
+def _implementation(input: Tensor, group: Any) -> ModuleType:
+    """With other processes, that for a part that is not empty: all of them find the same bits."""
+    return implementation(input if group is None or input.numel() else input.new_empty(1))
 
 
 def _of_one_dtype(
@@ -115,6 +127,7 @@ def conv_batch_norm(
     groups: int = 1,
     activation: str = "relu",
     num_batches_tracked: Tensor | None = None,
+    process_group: Any = None,
 ) -> Tensor:
     r"""Convolution (1d, 2d or 3d by the weight's rank), batch norm of its output, activation.
 
@@ -144,15 +157,17 @@ def conv_batch_norm(
     checks.activation(activation)
     if _is_linear(input, weight, stride, padding, groups):
         shape = (input.shape[0], weight.shape[0], *input.shape[2:])
+        group = group_of(process_group) if training and process_group is not None else None
         checks.batch_statistics(
-            shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps
-        )
+            shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps,
+            group is None,
+        )  # fmt: skip
         if type(momentum) is not float:
             momentum = checks.momentum(momentum, num_batches_tracked, input)
         input, weight, bias = _of_one_dtype(input, weight, bias)
-        y: Tensor = implementation(input).linear_batch_norm(
+        y: Tensor = _implementation(input, group).linear_batch_norm(
             input, weight.flatten(1), bias, running_mean, running_var, norm_weight, norm_bias,
-            training, momentum, float(eps), activation, "auto", num_batches_tracked,
+            training, momentum, float(eps), activation, "auto", num_batches_tracked, group,
         )  # fmt: skip
         return y
     convolution = _CONVOLUTIONS[weight.ndim]
@@ -161,6 +176,7 @@ def conv_batch_norm(
     return batch_norm(
         z, running_mean, running_var, norm_weight, norm_bias, training, momentum, eps,
         activation=activation, num_batches_tracked=num_batches_tracked,
+        process_group=process_group,
     )  # fmt: skip
 
 

@@ -46,6 +46,10 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
             mean = var = None
         return mean, var, True, momentum, count
 
+    def group(self) -> Any:
+        """The processes whose batches this call normalizes together; None: this one alone."""
+        return None
+
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         self.check_rank(input)
         mean, var, training, momentum, count = self.statistics()

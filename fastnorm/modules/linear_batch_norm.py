@@ -55,7 +55,7 @@ class LinearBatchNorm(torch.nn.Module):
         return functional.linear_batch_norm(
             input, linear.weight, linear.bias, mean, var, norm.weight, norm.bias,
             training, momentum, norm.eps,
-            activation=norm.activation, num_batches_tracked=count,
+            activation=norm.activation, num_batches_tracked=count, process_group=norm.group(),
         )  # fmt: skip
 
 
@@ -103,7 +103,7 @@ class _ConvBatchNorm(torch.nn.Module):
             input, conv.weight, conv.bias, mean, var, norm.weight, norm.bias,
             training, momentum, norm.eps,
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
-            activation=norm.activation, num_batches_tracked=count,
+            activation=norm.activation, num_batches_tracked=count, process_group=norm.group(),
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.group_norm import group_norm, instance_norm
 from fastnorm.ops.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
 from fastnorm.ops.linear_batch_norm import linear_batch_norm
+from fastnorm.ops.sync_batch_norm import sync_batch_norm
 
 __all__ = [
     "add_layer_norm",
@@ -14,4 +15,5 @@ __all__ = [
     "layer_norm",
     "linear_batch_norm",
     "rms_norm",
+    "sync_batch_norm",
 ]

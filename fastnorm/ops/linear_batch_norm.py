@@ -8,10 +8,10 @@ from torch import Tensor
 from fastnorm.eager import native
 from fastnorm.eager.linear_batch_norm import (
     bias_gradient,
-    count_batch,
     differentiable_gradients,
     product,
 )
+from fastnorm.eager.sync_batch_norm import count_batch
 from fastnorm.kernels import cost
 from fastnorm.kernels import linear_batch_norm as kernels
 from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
@@ -19,6 +19,7 @@ from fastnorm.kernels.launch import ChannelView, device_of
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.layout import channel_view, on_device_of
+from fastnorm.ops.sync_batch_norm import linear_sync_batch_norm
 
 
 class GramFunction(torch.autograd.Function):
@@ -160,8 +161,14 @@ def linear_batch_norm(
     activation: str,
     algorithm: str,
     num_batches_tracked: Tensor | None,
+    group: Any = None,
 ) -> Tensor:
     """`eager.linear_batch_norm` on Triton kernels."""
+    if group is not None:
+        return linear_sync_batch_norm(
+            input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
+            momentum, eps, activation, algorithm, num_batches_tracked, group,
+        )  # fmt: skip
     x, view = channel_view(input)
     if algorithm == "auto":
         backward = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)

@@ -97,9 +97,8 @@ def merge_lanes(count, mean, m2):
 def merge_partials(count, mean, std):
     """(count, mean, std) over axis 0 of partial statistics; count is (partials, 1), may be 0."""
     total = tl.sum(count, axis=0)
-    share = (
-        count / total[None, :]
-    )  # before the product with the mean, which may be near the maximum
+    # before the product with the mean, which may be near the maximum
+    share = count / tl.maximum(total, 1.0)[None, :]
     grand = tl.sum(share * mean, axis=0)
     d = tl.where(count > 0.0, mean - grand[None, :], 0.0)
     scale = scale_of(tl.max(tl.maximum(tl.abs(d), std), axis=0))

@@ -1,0 +1,191 @@
+"""BatchNorm over all processes' batches, as a differentiable operation: views, saved tensors."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm import eager
+from fastnorm.distributed import gathered, summed
+from fastnorm.eager.linear_batch_norm import bias_gradient, product
+from fastnorm.eager.sync_batch_norm import count_batch, differentiable_gradients
+from fastnorm.kernels import batch_norm as kernels
+from fastnorm.kernels import cost
+from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
+from fastnorm.kernels import sync_batch_norm as sync
+from fastnorm.kernels.launch import ChannelView, device_of
+from fastnorm.kernels.products import precision
+from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of
+
+
+class SyncBatchNormFunction(torch.autograd.Function):
+    """(x, residual, weight, bias) are differentiable; the buffers change in place.
+
+    x is dense, laid out as `view` says, and residual like it; either may be empty.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        residual: Tensor | None,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        momentum: float | Tensor,
+        eps: float,
+        activation: str,
+        view: ChannelView,
+        group: Any,
+        found: Sequence[Tensor] | None,
+    ) -> Tensor:
+        with on_device_of(x):
+            y, stats, count = sync.forward(
+                x, residual, weight, bias, running_mean, running_var,
+                momentum, eps, activation, view, partial(gathered, group=group), found,
+            )  # fmt: skip
+        for buffer in (running_mean, running_var):
+            if buffer is not None:
+                torch.autograd.graph.increment_version(buffer)
+        gate = kernels.saved_for_gate(activation, residual is not None)
+        ctx.save_for_backward(
+            x, weight, bias, stats, count,
+            y if gate == "output" else None,
+            residual if gate == "residual" else None,
+        )  # fmt: skip
+        ctx.residual_dtype = None if residual is None else residual.dtype
+        ctx.eps, ctx.activation, ctx.view, ctx.group = eps, activation, view, group
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, stats, count, y, residual = ctx.saved_tensors
+        dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
+        buffers_and_options = (None,) * 8
+        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+            return *differentiable_gradients(ctx, dy), *buffers_and_options
+        with on_device_of(x):
+            dx, dz, dw, db = sync.backward(
+                laid_out_as(dy, x), x, y, residual, weight, bias, stats, count,
+                ctx.activation, ctx.view,
+                (
+                    dx_wanted,
+                    ctx.residual_dtype if dresidual_wanted else None,
+                    dw_wanted,
+                    bias.dtype if db_wanted else None,
+                ),
+                partial(summed, group=ctx.group),
+            )  # fmt: skip
+        dresidual = None
+        if dresidual_wanted:  # without a dz there is nothing between the sum and the output
+            dresidual = (dy if dz is None else dz).to(ctx.residual_dtype)
+        return dx, dresidual, dw, db, *buffers_and_options
+
+
+class ProductFunction(torch.autograd.Function):
+    """Z = X Wᵀ + b of rows, with the statistics of its tiles; batch norm removes b's gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, view: ChannelView
+    ) -> tuple[Tensor, ...]:
+        with on_device_of(x):
+            z, found = epilogue.product(x, weight, bias, view, training=True)
+        assert found is not None
+        ctx.mark_non_differentiable(*found)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, weight)
+        ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
+        return z, *found
+
+    @staticmethod
+    def backward(ctx: Any, dz: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        wants_dx, wants_dw, wants_db, _ = ctx.needs_input_grad
+        dx = dz @ weight if wants_dx else None
+        dw = dz.T @ x if wants_dw else None
+        return dx, dw, bias_gradient(None, wants_db, ctx.bias_like), None  # view
+
+
+def linear_sync_batch_norm(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    momentum: float | Tensor | None,
+    eps: float,
+    activation: str,
+    algorithm: str,
+    num_batches_tracked: Tensor | None,
+    group: Any,
+) -> Tensor:
+    """Linear layer, then `sync_batch_norm`: the statistics come with the product or after it.
+
+    "gram" is served by "epilogue": what the processes exchange is of Z.
+    """
+    x, view = channel_view(input)
+    if algorithm == "auto":
+        M, K, N = view.N * view.S, view.C, weight.shape[0]
+        backward = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
+        algorithm = cost.choose(
+            M, K, N, x.dtype, activation, device_of(x.device), True, backward,
+            columns=view.columns, precision=precision(x.dtype), shared=True,
+        )  # fmt: skip
+    found = None
+    # an empty part has no tiles, and under torch.compile no kernel runs
+    rows = x.ndim == 2 and view.columns and x.numel() > 0 and weight.numel() > 0
+    if algorithm == "unfused" or not rows or torch.compiler.is_compiling():
+        z = product(input, weight, bias, training=True)
+    else:
+        z, *found = ProductFunction.apply(
+            x, weight.contiguous(), None if bias is None else bias.contiguous(), view
+        )
+    return sync_batch_norm(
+        z, running_mean, running_var, norm_weight, norm_bias,
+        momentum, eps, None, activation, num_batches_tracked, group, found,
+    )  # fmt: skip
+
+
+def sync_batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float | Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+    num_batches_tracked: Tensor | None,
+    group: Any,
+    found: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """`eager.sync_batch_norm` on Triton kernels; `found`: statistics of tiles of the input."""
+    strided = any(b is not None and not b.is_contiguous() for b in (running_mean, running_var))
+    if strided or torch.compiler.is_compiling():
+        return eager.sync_batch_norm(
+            input, running_mean, running_var, weight, bias,
+            momentum, eps, residual, activation, num_batches_tracked, group,
+        )  # fmt: skip
+    x, view = channel_view(input)
+    y: Tensor = SyncBatchNormFunction.apply(
+        x,
+        None if residual is None else laid_out_as(residual, x),
+        None if weight is None else weight.reshape(-1).contiguous(),
+        None if bias is None else bias.reshape(-1).contiguous(),
+        running_mean,
+        running_var,
+        count_batch(num_batches_tracked, True, momentum),
+        eps,
+        activation,
+        view,
+        group,
+        found,
+    )
+    return y
