@@ -95,9 +95,8 @@ class SyncBatchNorm(_BatchNorm):
 
         >>> import torch, fastnorm
         >>> layer = fastnorm.LinearBatchNorm(4, 8, activation="silu")
-        >>> fastnorm.SyncBatchNorm.convert_sync_batchnorm(layer).norm
-        SyncBatchNorm(8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True, \
-activation='silu')
+        >>> fastnorm.SyncBatchNorm.convert_sync_batchnorm(layer).norm.activation
+        'silu'
         """
         made = module
         if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
