@@ -17,10 +17,10 @@ train: $(VENV)/.installed  ## the main job: the same network with torch.nn's lay
 	$(BIN)/fastnorm train
 
 test: $(VENV)/.installed  ## the suite, without what is marked slow
-	$(BIN)/pytest -n $(WORKERS) -m "not slow"
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup -m "not slow"
 
 test-all: $(VENV)/.installed  ## the whole suite
-	$(BIN)/pytest -n $(WORKERS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 check: $(VENV)/.installed  ## style, types, tests
 	$(BIN)/ruff check .

@@ -18,9 +18,15 @@ from fastnorm.cli.studies import STUDIES, batch_size, init, normalization, resid
 from fastnorm.cli.studies.outcome import Settings, deviation, geometric, listed, mean, spread
 from fastnorm.cli.studies.training import NORMS, accuracy, batches, convnet, train
 
-# The other two train for tens of seconds where cores are shared.
+# Those that train for tens of seconds where cores are shared are slow.
 QUICK = [
-    pytest.param(name, marks=pytest.mark.slow) if name in ("normalization", "batch-size") else name
+    pytest.param(
+        name,
+        marks=[
+            pytest.mark.xdist_group(f"study {name}"),
+            *([pytest.mark.slow] if name in ("normalization", "batch-size") else []),
+        ],
+    )
     for name in STUDIES
 ]
 

@@ -48,7 +48,10 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="module", params=sorted(MODELS))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(m, marks=pytest.mark.xdist_group(f"train {m}")) for m in sorted(MODELS)],
+)
 def finished(request, tmp_path_factory):
     """A short run of each model: (its folder, what it printed)."""
     folder = tmp_path_factory.mktemp("train") / request.param

@@ -31,13 +31,14 @@ def codes(request, tmp_path_factory) -> list[dict]:
     return json.loads(path.read_text())
 
 
+def _target(name: str) -> object:
+    """One worker compiles what all tests of a target look at."""
+    slow = [] if name == "sm_90" else [pytest.mark.slow]
+    return pytest.param(name, marks=[pytest.mark.xdist_group(f"codegen {name}"), *slow])
+
+
 targets = pytest.mark.parametrize(
-    "codes",
-    [
-        "sm_90",
-        *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "sm_100", "sm_120", "gfx942")),
-    ],
-    indirect=True,
+    "codes", [_target(t) for t in ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")], indirect=True
 )
 
 

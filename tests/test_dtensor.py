@@ -13,6 +13,7 @@ def two(tmp_path_factory):
     return ranks.run(2, [dtensor_work.results], tmp_path_factory.mktemp("two"))
 
 
+@pytest.mark.xdist_group("dtensor")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", dtensor_work.DTYPES, ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("name", dtensor_work.NORMS)
