@@ -5,7 +5,7 @@ adding its file to families/, and its name here.
 """
 
 from case import Case
-from families import batch_norm, group_norm, layer_norm, linear_batch_norm
+from families import batch_norm, group_norm, layer_norm, linear_batch_norm, processes
 
 FAMILIES = (batch_norm, layer_norm, group_norm, linear_batch_norm)
 
@@ -15,8 +15,7 @@ LARGE = (
     "dy_ptr", "x_ptr", "y_ptr", "z_ptr", "residual_ptr", "dx_ptr", "dz_ptr", "sum_ptr", "dsum_ptr",
 )  # fmt: skip
 
-CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.cases())
-OPTION_CASES: tuple[Case, ...] = tuple(
-    case for family in FAMILIES for case in family.option_cases()
-)
-SMALL_CASES: tuple[Case, ...] = tuple(case for family in FAMILIES for case in family.small_cases())
+SOURCES = (*FAMILIES, processes)  # those of SyncBatchNorm are BatchNorm's
+CASES: tuple[Case, ...] = tuple(case for source in SOURCES for case in source.cases())
+OPTION_CASES: tuple[Case, ...] = tuple(case for source in SOURCES for case in source.option_cases())
+SMALL_CASES: tuple[Case, ...] = tuple(case for source in SOURCES for case in source.small_cases())

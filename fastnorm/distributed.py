@@ -55,6 +55,10 @@ class SumOverProcesses(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return sum_over(grads[0], ctx.group), None
 
+
+class _SumInTransforms(SumOverProcesses):
+    """With what forward-mode AD and vmap ask for, and torch.compile cannot read."""
+
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Tensor:
         return sum_over(tangents[0], ctx.group)
@@ -66,5 +70,6 @@ class SumOverProcesses(torch.autograd.Function):
 
 def sum_over(values: Tensor, group: Any) -> Tensor:
     """`SumOverProcesses`, as a function."""
-    total: Tensor = SumOverProcesses.apply(values, group)  # type: ignore[no-untyped-call]
+    function = SumOverProcesses if torch.compiler.is_compiling() else _SumInTransforms
+    total: Tensor = function.apply(values, group)  # type: ignore[no-untyped-call]
     return total

@@ -93,7 +93,9 @@ def shared_cases(processes: int) -> dict[str, Shared]:
             (2, 3), (10, 5, 4), torch.bfloat16, parameters=torch.float32, channels_last=True,
             activation="relu", residual=True,
         ),
-        "float16": Shared((3, 4), (5, 3), torch.float16, activation="silu"),
+        "float16": Shared(
+            (3, 4), (5, 3), torch.float16, parameters=torch.float32, activation="silu"
+        ),
         "float64": Shared((2, 3), (3, 4), torch.float64, activation="sigmoid", residual=True),
         "far from 0": Shared((40, 3), (4, 6), mean=1e4, std=0.1),
         "near the largest": Shared((4, 3), (3,), std=1e37, tracked=False),
@@ -149,14 +151,22 @@ def _run(case: Shared, rank: int) -> Result:
 LINEAR_PARTS = {
     "two parts": (40, 29),
     "first part empty": (0, 33),
-    "far from 0": (17, 30),
 }
+FAR = {"far from 0": (17, 30)}
+
+
+def linear_parts(processes: int) -> dict[str, tuple[int, ...]]:
+    """More processes than two have nothing."""
+    if processes == 2:
+        return LINEAR_PARTS
+    empty = (0,) * (processes - 2)
+    return {name: (*parts, *empty) for name, parts in (LINEAR_PARTS | FAR).items()}
 
 
 def linear_tensors(name: str) -> tuple[Tensor, ...]:
     """x, weight, bias, norm_weight, norm_bias, running_mean, running_var, dy."""
     generator = torch.Generator().manual_seed(3)
-    M, K, N = sum(LINEAR_PARTS[name]), 5, 18
+    M, K, N = sum((LINEAR_PARTS | FAR)[name]), 5, 18
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
@@ -175,8 +185,7 @@ def results_of_linear(rank: int, processes: int) -> dict[tuple[str, ...], Result
     for backend in ranks.backends():
         with fastnorm.use_backend(backend):
             for algorithm in LINEAR_ALGORITHMS:
-                for name, parts in LINEAR_PARTS.items():
-                    parts = (*parts, *[0] * (processes - 2))
+                for name, parts in linear_parts(processes).items():
                     x, *small, dy = linear_tensors(name)
                     x, dy = (t.split(list(parts))[rank].contiguous() for t in (x, dy))
                     *leaves, mean, var = x, *small

@@ -25,13 +25,12 @@ def close(got, want, name=""):
 
 def test_two_processes(tmp_path):
     work = [
-        sync_cases.results_of_cases, sync_cases.results_of_linear, sync_modules.under_ddp,
+        sync_cases.results_of_cases, sync_cases.results_of_linear,
         sync_modules.in_evaluation, sync_modules.second_derivatives,
     ]  # fmt: skip
     results = ranks.run(2, work, tmp_path)
     check_cases(results)
     check_linear(results)
-    check_training(results, "under_ddp")
     check_second_derivatives(results)
     for rank in results:
         assert rank["in_evaluation"] == {"same": True, "collectives": []}
@@ -84,7 +83,7 @@ def check_case(case, found, want, where):
 
 
 def check_linear(results):
-    for name in sync_cases.LINEAR_PARTS:
+    for name in sync_cases.linear_parts(len(results)):
         want = sync_cases.expected_linear(name)
         far = 50.0 if name == "far from 0" else 1.0  # the size of Z, whose mean is subtracted
         for backend in BACKENDS:
@@ -141,8 +140,10 @@ def check_second_derivatives(results):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
-def test_fsdp_and_transforms(tmp_path):
-    results = ranks.run(2, [sync_modules.under_fsdp, sync_modules.in_transforms], tmp_path)
+def test_ddp_fsdp_and_transforms(tmp_path):
+    work = [sync_modules.under_ddp, sync_modules.under_fsdp, sync_modules.in_transforms]
+    results = ranks.run(2, work, tmp_path)
+    check_training(results, "under_ddp")
     check_training(results, "under_fsdp")
     *large, weight, bias = sync_modules.derivatives_input()
     x, _, dy, v = large

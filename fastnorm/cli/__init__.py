@@ -6,6 +6,7 @@ entry in `COMMANDS`. It is imported only when it is called, because it may need 
 
 import importlib
 import importlib.util
+import os
 import signal
 import sys
 import threading
@@ -45,11 +46,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         with _termination_unwinds():
             return _dispatch(arguments)
     except UsageError as error:
+        if not _speaks():
+            return 2
         print(f"{speaker}: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{speaker}: interrupted, nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+def _speaks() -> bool:
+    """Of the processes that torchrun has started, the first says what all of them would."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def _dispatch(arguments: Sequence[str]) -> int:

@@ -1,6 +1,8 @@
 """`fastnorm train`: a real network on real images, with torch.nn's layers and with fastnorm's."""
 
+import io
 from argparse import Namespace
+from contextlib import nullcontext
 
 import torch
 from rich.console import Console
@@ -20,6 +22,7 @@ from fastnorm.cli.arguments import (
 from fastnorm.cli.data import DATASETS
 from fastnorm.cli.models import MODELS
 from fastnorm.cli.output import default_folder, results_folder
+from fastnorm.cli.processes import Processes, joined, own_device
 from fastnorm.cli.progress import progress
 from fastnorm.cli.training import Plan, start, train
 
@@ -31,7 +34,8 @@ def parser() -> Parser:
     options = Parser(
         "fastnorm train",
         "Trains one network twice on the same batches, once with torch.nn's layers and once with "
-        "fastnorm's, from the same weights, and compares the two.",
+        "fastnorm's, from the same weights, and compares the two. Started by torchrun, processes "
+        "share each batch and average their gradients.",
     )
     options.option("--model", Choice(tuple(MODELS)), default="mlp", help="the network")
     options.option("--data", Choice(tuple(DATASETS)), default="digits", help="the images")
@@ -49,6 +53,11 @@ def parser() -> Parser:
     options.option(
         "--dtype", Choice(tuple(DTYPES)), default="float32", help="bfloat16 is by autocast"
     )
+    options.flag(
+        "--sync-bn",
+        help="under torchrun: fastnorm's batch norms normalize over the batch of all processes; "
+        "torch.nn's, which cannot on a CPU, over each process's part",
+    )
     options.option(
         "--out", Folder(), otherwise="runs/train-MODEL-TIME", help="the folder for the results"
     )
@@ -62,15 +71,27 @@ def _of_models(name: str) -> str:
 
 def run(arguments: Namespace) -> int:
     """Trains both networks, fills the results folder, and prints the table."""
-    plan = _plan(arguments)
+    device = own_device(resolve_device(arguments.device))
+    with joined(device) as processes:
+        return _run(arguments, device, processes)
+
+
+def _run(arguments: Namespace, device: torch.device, processes: Processes) -> int:
+    """The first of the processes writes and prints; the others only train."""
+    plan = _plan(arguments, device, processes)
     backend = _backend(plan)
+    speaks = processes.rank == 0
     folder = arguments.out or default_folder(f"train-{arguments.model}")
-    with results_folder(folder) as staging:
+    with results_folder(folder) if speaks else nullcontext() as staging:
         runs = start(plan)
         steps = plan.epochs * plan.steps_per_epoch
-        with progress(arguments.model, steps, Console(stderr=True)) as shown:
+        terminal = Console(stderr=True) if speaks else Console(file=io.StringIO())
+        with progress(arguments.model, steps, terminal) as shown:
             train(plan, runs, shown)
+        if staging is None:
+            return 0
         asked = {name: value for name, value in vars(arguments).items() if name != "out"}
+        asked["processes"] = processes.count
         table = comparison.table(f"{arguments.model} on {arguments.data}", runs)
         comparison.write(staging, asked, backend, runs, table)
     console = Console()
@@ -79,27 +100,35 @@ def run(arguments: Namespace) -> int:
     return 0
 
 
-def _plan(arguments: Namespace) -> Plan:
+def _plan(arguments: Namespace, device: torch.device, processes: Processes) -> Plan:
     """The training that the arguments ask for; fills in the model's own defaults."""
+    if arguments.sync_bn and processes.count == 1:
+        raise UsageError(
+            "argument --sync-bn: there is only one process "
+            "(allowed: under torchrun --nproc-per-node 2, or more)"
+        )
     model = MODELS[arguments.model]
     for name in ("epochs", "batch_size", "lr"):
         if getattr(arguments, name) is None:
             setattr(arguments, name, getattr(model, name))
     images = DATASETS[arguments.data]()
     count = len(images.train_labels)
-    if arguments.batch_size > count:
+    least = 2 * processes.count  # one image alone would have no variance to normalize by
+    if not least <= arguments.batch_size <= count:
         raise UsageError(
-            f"argument --batch-size: invalid value '{arguments.batch_size}' "
-            f"(allowed: a whole number, 2 to {count}, all training images of {arguments.data})"
+            f"argument --batch-size: invalid value '{arguments.batch_size}' (allowed: "
+            f"a whole number, {least} to {count}, all training images of {arguments.data})"
         )
     return Plan(
         model,
-        images.to(resolve_device(arguments.device)),
+        images.to(device),
         arguments.epochs,
         arguments.batch_size,
         arguments.lr,
         arguments.seed,
         DTYPES[arguments.dtype],
+        processes,
+        arguments.sync_bn,
     )
 
 

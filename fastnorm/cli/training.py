@@ -1,6 +1,7 @@
 """One network trained twice at once, on the same batches, with the steps of the two in turns.
 
-Whatever else the machine does hits both alike, so that their step times can be compared.
+Whatever else the machine does hits both alike, so that their step times can be compared. Processes
+that torchrun has started share each batch, and average their gradients.
 """
 
 import time
@@ -11,10 +12,13 @@ from statistics import fmean, median
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+import fastnorm
 from fastnorm.cli.data import Images
 from fastnorm.cli.measure import peak_memory, synchronize
 from fastnorm.cli.models import FASTNORM, TORCH, Model
+from fastnorm.cli.processes import ALONE, Processes
 from fastnorm.cli.progress import Progress
 
 
@@ -29,6 +33,8 @@ class Plan:
     lr: float
     seed: int
     dtype: torch.dtype  # bfloat16 is by autocast
+    processes: Processes = ALONE
+    sync_bn: bool = False  # fastnorm's batch statistics are of all processes' parts
 
     @property
     def device(self) -> torch.device:
@@ -65,6 +71,8 @@ class Run:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), self.plan.lr, momentum=0.9, nesterov=True, weight_decay=5e-4
         )
+        several = self.plan.processes.count > 1
+        self.trained = DistributedDataParallel(self.model) if several else self.model
         steps = self.plan.epochs * self.plan.steps_per_epoch
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps)
 
@@ -72,12 +80,19 @@ class Run:
         """(mean cross-entropy, scores (count, classes))."""
         mixed = self.plan.dtype is not torch.float32
         with torch.autocast(self.plan.device.type, self.plan.dtype, enabled=mixed):
-            scores = self.model(images)
+            scores = (self.trained if self.model.training else self.model)(images)
         return nn.functional.cross_entropy(scores.float(), labels), scores
 
     def gradients(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Forward and backward; the loss."""
-        loss, _ = self.loss(images, labels)
+        """Forward and backward of this process's part of a batch; its share of the loss.
+
+        The mean of all shares is the loss of the batch, and that of their gradients its gradient.
+        """
+        processes = self.plan.processes
+        own = processes.part(labels)
+        loss, _ = self.loss(processes.part(images), own)
+        if processes.count > 1:
+            loss = loss * (len(own) * processes.count / len(labels))
         loss.backward()  # type: ignore[no-untyped-call]
         return loss
 
@@ -90,7 +105,7 @@ class Run:
         self.optimizer.zero_grad()
         synchronize(self.plan.device)
         self.seconds.append(time.perf_counter() - start)
-        self.losses.append(loss.item())
+        self.losses.append(self.plan.processes.mean(loss.item()))
         self.schedule.step()
 
     @torch.no_grad()
@@ -121,6 +136,8 @@ def start(plan: Plan) -> tuple[Run, Run]:
         for layers in (TORCH, FASTNORM)
     ]
     networks[1].load_state_dict(networks[0].state_dict())
+    if plan.sync_bn:
+        networks[1] = fastnorm.SyncBatchNorm.convert_sync_batchnorm(networks[1])
     return Run(TORCH.name, networks[0], plan), Run(FASTNORM.name, networks[1], plan)
 
 
