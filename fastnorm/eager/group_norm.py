@@ -64,9 +64,7 @@ def group_norm(
         and input.numel() > 0
         and (
             torch.compiler.is_compiling()  # sizes, once asked for, are compiled for
-            or (
-                not native.is_huge(input) and (input.numel() < SHORT or activation not in STEPS)
-            )
+            or (not native.is_huge(input) and (input.numel() < SHORT or activation not in STEPS))
         )
         and (dtype is input.dtype or _is_exact(input, weight, activation))
         and (weight is None or weight.dtype is dtype)

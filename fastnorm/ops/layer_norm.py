@@ -8,7 +8,8 @@ from torch import Tensor
 
 from fastnorm import eager
 from fastnorm.kernels import layer_norm as kernels
-from fastnorm.ops.layout import as_rows, on_device_of
+from fastnorm.ops.layout import as_rows, on_device_of, recorded
+from fastnorm.ops.library import layer_norm as library
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -31,7 +32,7 @@ class LayerNormFunction(torch.autograd.Function):
     ) -> Tensor | tuple[Tensor, Tensor]:
         size = torch.Size(shape).numel()
         with on_device_of(x):
-            y, total, stats = kernels.forward(
+            y, total, stats = (library if recorded(x) else kernels).forward(
                 as_rows(x, size),
                 None if residual is None else as_rows(residual, size),
                 weight, bias, eps, activation, center, x.shape,
@@ -66,7 +67,7 @@ class LayerNormFunction(torch.autograd.Function):
             x, weight, bias, stats = ctx.saved_tensors
             size = torch.Size(ctx.shape).numel()
             with on_device_of(x):
-                dx, dw, db = kernels.backward(
+                dx, dw, db = (library if recorded(x) else kernels).backward(
                     as_rows(dy, size), as_rows(x, size), weight, bias, stats,
                     None if dsum is None else as_rows(dsum, size),
                     ctx.activation,

@@ -5,6 +5,7 @@ import contextlib
 import torch
 from torch import Tensor
 
+from fastnorm.eager import native
 from fastnorm.kernels.launch import ChannelView
 
 
@@ -45,6 +46,26 @@ def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
+def view_of(x: Tensor, columns: bool, by_sample: bool = False) -> ChannelView:
+    """The view of a dense `x` of which `channel_view` or `sample_view` told the layout."""
+    batch, channels = x.shape[:2]
+    positions = x.shape[2:].numel()
+    if columns and not by_sample:
+        return ChannelView(1, channels, batch * positions, columns)
+    return ChannelView(batch, channels, positions, columns)
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether someone is to see which operators run, and kernels must be operators, too."""
+    return native.observed(x)
+
+
+def as_recorded(size: int | torch.SymInt) -> int:
+    """A size that may vary from call to call, as it is in the one that is recorded; 0: unknown."""
+    return size if isinstance(size, int) else size.node.hint or 0
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Launches go to the current device: make it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    on_a_gpu = x.is_cuda and torch.cuda.is_initialized()  # a fake one needs none
+    return torch.cuda.device(x.device) if on_a_gpu else contextlib.nullcontext()
