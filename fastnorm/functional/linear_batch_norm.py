@@ -1,5 +1,7 @@
 """A linear layer or a convolution, then batch normalization and activation."""
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -56,7 +58,7 @@ def linear_batch_norm(
             [1., 0.]])
     """
     checks.linear(input, weight, bias)
-    shape = (input.shape[:-1].numel(), weight.shape[0])
+    shape = (math.prod(input.shape[:-1]), weight.shape[0])
     checks.batch_statistics(
         shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps
     )

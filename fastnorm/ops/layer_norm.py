@@ -1,5 +1,6 @@
 """LayerNorm, RMSNorm and their residual-add forms: views, saved tensors, casts. No arithmetic."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,7 +31,7 @@ class LayerNormFunction(torch.autograd.Function):
         activation: str,
         center: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        size = torch.Size(shape).numel()
+        size = math.prod(shape)
         with on_device_of(x):
             y, total, stats = (library if recorded(x) else kernels).forward(
                 as_rows(x, size),
@@ -65,7 +66,7 @@ class LayerNormFunction(torch.autograd.Function):
                 dx = dx + dsum
         else:
             x, weight, bias, stats = ctx.saved_tensors
-            size = torch.Size(ctx.shape).numel()
+            size = math.prod(ctx.shape)
             with on_device_of(x):
                 dx, dw, db = (library if recorded(x) else kernels).backward(
                     as_rows(dy, size), as_rows(x, size), weight, bias, stats,
@@ -108,7 +109,7 @@ def _differentiable_backward(
         found = dict(zip(leaves, gradients, strict=True))
     db = found.get("bias")
     if db_wanted and bias is None:  # without an activation the backward does not need it
-        size = torch.Size(ctx.shape).numel()
+        size = math.prod(ctx.shape)
         db = dy.reshape(-1, size).sum(0, dtype=stats.dtype).to(ctx.bias_dtype)
     return found.get("x"), found.get("weight"), db
 

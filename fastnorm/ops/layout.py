@@ -1,6 +1,7 @@
 """How the kernels see a tensor: dense, as (N, C, S), or as rows with a contiguous last axis."""
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from fastnorm.kernels.launch import ChannelView
 def channel_view(x: Tensor) -> tuple[Tensor, ChannelView]:
     """`x`, or the one copy it takes to make it dense, and its view by channels (axis 1)."""
     batch, channels = x.shape[:2]
-    positions = x.shape[2:].numel()
+    positions = math.prod(x.shape[2:])
     if x.movedim(1, -1).is_contiguous():
         return x, ChannelView(1, channels, batch * positions, columns=True)
     if x.is_contiguous():
@@ -33,7 +34,7 @@ def sample_view(x: Tensor) -> tuple[Tensor, ChannelView]:
     """The same, for what is computed sample by sample: its N is the batch in both layouts."""
     dense, _ = channel_view(x)
     batch, channels = x.shape[:2]
-    positions = x.shape[2:].numel()
+    positions = math.prod(x.shape[2:])
     # where it is both, the longer runs: those of the one channel, or those of the channels
     columns = positions == 1 or not dense.is_contiguous()
     return dense, ChannelView(batch, channels, positions, columns)
@@ -49,7 +50,7 @@ def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
 def view_of(x: Tensor, columns: bool, by_sample: bool = False) -> ChannelView:
     """The view of a dense `x` of which `channel_view` or `sample_view` told the layout."""
     batch, channels = x.shape[:2]
-    positions = x.shape[2:].numel()
+    positions = math.prod(x.shape[2:])
     if columns and not by_sample:
         return ChannelView(1, channels, batch * positions, columns)
     return ChannelView(batch, channels, positions, columns)
