@@ -1,17 +1,14 @@
 """The only place that asks which implementation serves a tensor."""
 
-import functools
-import importlib
-import importlib.util
 import os
-import threading
 from types import ModuleType, TracebackType
+from typing import cast
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from fastnorm import eager
+from fastnorm import eager, environment
 
 BACKENDS = ("auto", "triton", "eager")
 TRITON_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -23,16 +20,8 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-class _Asked(threading.local):
-    """.name: what this thread's innermost use_backend() asked for; before any, the environment."""
-
-    name = _checked(os.environ.get("FASTNORM_BACKEND", "auto"), "FASTNORM_BACKEND")
-
-    def __init__(self) -> None:  # once in each thread
-        self.outer: list[str] = []
-
-
-_asked = _Asked()
+_DEFAULT = _checked(os.environ.get("FASTNORM_BACKEND", "auto"), "FASTNORM_BACKEND")
+environment.Thread.default = environment.thread.name = _DEFAULT
 
 
 class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
@@ -56,8 +45,11 @@ class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
         self.name = _checked(name, "backend")
 
     def __enter__(self) -> None:
-        _asked.outer.append(_asked.name)
-        _asked.name = self.name
+        if torch.compiler.is_dynamo_compiling():
+            environment.traced.append(self.name)
+        else:
+            environment.thread.outer.append(environment.thread.name)
+            environment.thread.name = self.name
 
     def __exit__(
         self,
@@ -65,7 +57,18 @@ class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        _asked.name = _asked.outer.pop()
+        if torch.compiler.is_dynamo_compiling():
+            environment.traced.pop()
+        else:
+            environment.thread.name = environment.thread.outer.pop()
+
+
+def _name() -> str:
+    """What was asked for. What is compiled is compiled again where that has changed."""
+    if torch.compiler.is_dynamo_compiling():
+        traced = environment.traced
+        return traced[-1] if traced else cast(str, environment.name)
+    return environment.thread.name
 
 
 def backend_for(tensor: Tensor) -> str:
@@ -82,7 +85,7 @@ def backend_for(tensor: Tensor) -> str:
     >>> fastnorm.backend_for(torch.ones(0, 3))
     'eager'
     """
-    name = _asked.name
+    name = _name()
     if name == "eager" or (name == "auto" and not tensor.is_cuda):
         return "eager"
     if tensor.dtype not in TRITON_DTYPES or tensor.numel() == 0:
@@ -90,52 +93,32 @@ def backend_for(tensor: Tensor) -> str:
     if _transformed() or hasattr(tensor, "__tensor_flatten__"):  # a DTensor has no memory itself
         return "eager"
     if name == "auto":
-        return "triton" if _has_triton() else "eager"
+        return "triton" if environment.has_triton else "eager"
     _require_triton(tensor)
     return "triton"
 
 
 def implementation(tensor: Tensor) -> ModuleType:
-    """`fastnorm.ops` or `fastnorm.eager`: two modules with the same functions."""
-    if _asked.name == "auto" and not tensor.is_cuda:  # a CPU's calls are short
+    """`fastnorm.ops`, its `operators` or `fastnorm.eager`: modules with the same functions."""
+    if _name() == "auto" and not tensor.is_cuda:  # a CPU's calls are short
         return eager
-    return _ops() if backend_for(tensor) == "triton" else eager
+    if backend_for(tensor) != "triton":
+        return eager
+    triton = environment.operators if torch.compiler.is_compiling() else environment.ops
+    return cast(ModuleType, triton)
 
 
 def _transformed() -> bool:
     """Kernels see raw memory: inside vmap, jvp and the like it is not the caller's tensor."""
-    in_transform: bool = torch._C._functorch.peek_interpreter_stack() is not None
-    return in_transform or forward_ad._current_level >= 0
-
-
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-@functools.cache
-def _ops() -> ModuleType:
-    return importlib.import_module("fastnorm.ops")
+    depth: int = torch._C._functorch.get_dynamic_layer_stack_depth()
+    return depth > 0 or forward_ad._current_level >= 0
 
 
 def _require_triton(tensor: Tensor) -> None:
-    if not _has_triton():
+    if not environment.has_triton:
         raise RuntimeError("the triton backend was asked for, but triton is not installed")
-    if not tensor.is_cuda and not (tensor.is_cpu and _interpreting()):
+    if not tensor.is_cuda and not (tensor.is_cpu and environment.interpreting):
         raise RuntimeError(
             f"the triton backend was asked for a tensor on {tensor.device}: it needs a CUDA or HIP "
             "tensor, or Triton's interpreter (set TRITON_INTERPRET=1 before triton is imported)"
         )
-
-
-@functools.cache
-def _interpreting() -> bool:
-    """Whether Triton, and what it decorates from now on, are interpreted: asked of functions."""
-    import triton
-    import triton.language as tl
-
-    @triton.jit  # type: ignore[untyped-decorator]
-    def probe() -> None:
-        pass
-
-    return type(probe).__name__ == type(tl.cdiv).__name__ == "InterpretedFunction"

@@ -4,6 +4,7 @@ They run before anything is allocated or changed, so a call that raises leaves i
 were. They also run on every call: each asks as little as it can of a good one.
 """
 
+import math
 from collections.abc import Sequence
 from numbers import Real
 
@@ -158,7 +159,7 @@ def group_statistics(
     if num_groups < 0:
         raise RuntimeError(f"Expected num groups to be greater than 0, got {num_groups}")
     channels = shape[1]
-    if num_groups <= shape[0] * channels < 2 * num_groups and shape[2:].numel() == 1:
+    if num_groups <= shape[0] * channels < 2 * num_groups and math.prod(shape[2:]) == 1:
         # torch's rule, and its sizes: as if all groups were those of one sample
         raise ValueError(
             "Expected more than 1 value per channel when training, "
@@ -197,7 +198,7 @@ def instance_statistics(
     """What instance norm asks of its arguments."""
     shape = input.shape
     if use_input_stats:
-        if shape[2:].numel() == 1:
+        if math.prod(shape[2:]) == 1:
             raise ValueError(
                 "Expected more than 1 spatial element when training, "
                 f"got input size torch.Size({list(shape)})"

@@ -23,6 +23,7 @@ LAYERS = [  # top to bottom; a file may import only from its own layer and those
     "fastnorm.functional",
     "fastnorm.checks",
     "fastnorm.backend",
+    "fastnorm.environment",
     "fastnorm.ops",  # above eager: what a kernel cannot do is done there
     "fastnorm.eager",
     "fastnorm.distributed",

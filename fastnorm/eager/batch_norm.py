@@ -85,7 +85,8 @@ def batch_norm(
         )  # fmt: skip
     cpu = input.is_cpu
     dense = own = False
-    plain = not cpu or input.numel() < SMALL or torch.compiler.is_compiling()
+    # a graph is not asked for its sizes: it would be compiled again for others
+    plain = not cpu or torch.compiler.is_compiling() or input.numel() < SMALL
     if not plain:
         dense = input.is_contiguous() or input.is_contiguous(
             memory_format=native.memory_format(input)

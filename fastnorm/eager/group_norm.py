@@ -64,8 +64,10 @@ def group_norm(
     if (  # nothing to cast, add or gain, as of most calls: the shortest way
         residual is None
         and input.numel() > 0
-        and not native.is_huge(input)
-        and (input.numel() < SHORT or activation not in STEPS)
+        and (
+            torch.compiler.is_compiling()  # sizes, once asked for, are compiled for
+            or (not native.is_huge(input) and (input.numel() < SHORT or activation not in STEPS))
+        )
         and (dtype is input.dtype or _is_exact(input, weight, activation))
         and (weight is None or weight.dtype is dtype)
         and (bias is None or (weight is not None and bias.dtype is dtype))

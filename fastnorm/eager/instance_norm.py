@@ -68,9 +68,10 @@ def instance_norm(
     last = not input.is_contiguous() and channels_are_last(input)
     if (
         last
-        and input[0].numel() >= SMALL
         and input.is_cpu
-        and not (torch.compiler.is_compiling() or native.observed(input))
+        and not torch.compiler.is_compiling()
+        and input[0].numel() >= SMALL
+        and not native.observed(input)
         and (residual is None or residual.dtype is input.dtype)
     ):
         y = _by_samples(input, weight, bias, eps, residual, activation, statistics)

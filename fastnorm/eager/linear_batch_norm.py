@@ -111,7 +111,7 @@ def _rows(input: Tensor) -> Tensor | None:
 def _takes_gram(
     rows: Tensor, weight: Tensor, training: bool, activation: str, algorithm: str
 ) -> bool:
-    if rows.numel() == 0 or weight.numel() == 0:
+    if torch.compiler.is_compiling() or rows.numel() == 0 or weight.numel() == 0:
         return False
     M, K, N = *rows.shape, weight.shape[0]
     if algorithm == "auto":
@@ -121,7 +121,7 @@ def _takes_gram(
         options = (rows.dtype, activation, cost.CPU, training, backward)
         if cost.choose(M, K, N, *options) != "gram":
             return False
-    return not torch.compiler.is_compiling() and not native.observed(rows)
+    return not native.observed(rows)
 
 
 def _blocks(N: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:

@@ -1,5 +1,6 @@
 """A linear layer or a convolution, then batch normalization and activation."""
 
+import math
 from types import ModuleType
 from typing import Any
 
@@ -61,7 +62,7 @@ def linear_batch_norm(
             [1., 0.]])
     """
     checks.linear(input, weight, bias)
-    shape = (input.shape[:-1].numel(), weight.shape[0])
+    shape = (math.prod(input.shape[:-1]), weight.shape[0])
     group = group_of(process_group) if training and process_group is not None else None
     checks.batch_statistics(
         shape, input, running_mean, running_var, norm_weight, norm_bias, training, eps,

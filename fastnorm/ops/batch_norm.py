@@ -10,7 +10,8 @@ from fastnorm.eager import native
 from fastnorm.eager.activations import GRAD_FROM_OUTPUT
 from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels.launch import ChannelView
-from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of
+from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of, recorded
+from fastnorm.ops.library import batch_norm as library
 
 
 class BatchNormFunction(torch.autograd.Function):
@@ -36,7 +37,7 @@ class BatchNormFunction(torch.autograd.Function):
         view: ChannelView,
     ) -> Tensor:
         with on_device_of(x):
-            y, stats = kernels.forward(
+            y, stats = (library if recorded(x) else kernels).forward(
                 x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
                 training, momentum, eps, activation, view,
             )  # fmt: skip
@@ -64,7 +65,7 @@ class BatchNormFunction(torch.autograd.Function):
             return *_differentiable_backward(ctx, dy), *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         with on_device_of(x):
-            dx, dz, dw, db = kernels.backward(
+            dx, dz, dw, db = (library if recorded(x) else kernels).backward(
                 laid_out_as(dy, x), x, y, residual, weight, bias, stats,
                 ctx.training, ctx.activation, ctx.view,
                 (dx_wanted, dz_dtype, dw_wanted, ctx.bias_dtype if db_wanted else None),

@@ -12,7 +12,8 @@ from fastnorm.kernels import group_norm as kernels
 from fastnorm.kernels.launch import ChannelView
 from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.layer_norm import layer_norm
-from fastnorm.ops.layout import laid_out_as, on_device_of, sample_view
+from fastnorm.ops.layout import laid_out_as, on_device_of, recorded, sample_view
+from fastnorm.ops.library import group_norm as library
 
 
 class GroupNormFunction(torch.autograd.Function):
@@ -37,7 +38,7 @@ class GroupNormFunction(torch.autograd.Function):
         num_groups: int,
     ) -> Tensor:
         with on_device_of(x):
-            y, stats = kernels.forward(
+            y, stats = (library if recorded(x) else kernels).forward(
                 x, residual, weight, bias, running_mean, running_var, momentum,
                 eps, activation, view, num_groups,
             )  # fmt: skip
@@ -68,7 +69,7 @@ class GroupNormFunction(torch.autograd.Function):
         gated = y is not None or residual is not None
         if dx_wanted or dw_wanted or db_wanted or (dresidual_wanted and gated):
             with on_device_of(x):
-                dx, dz, dw, db = kernels.backward(
+                dx, dz, dw, db = (library if recorded(x) else kernels).backward(
                     laid_out_as(dy, x), x, y, residual, weight, bias, stats,
                     ctx.activation, ctx.view, ctx.num_groups,
                     (dx_wanted, dz_dtype, dw_wanted, ctx.bias_dtype if db_wanted else None),

@@ -1,5 +1,6 @@
 """LayerNorm, RMSNorm and their residual-add forms: views, saved tensors, casts. No arithmetic."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,7 +10,8 @@ from torch import Tensor
 from fastnorm import eager
 from fastnorm.eager import native
 from fastnorm.kernels import layer_norm as kernels
-from fastnorm.ops.layout import as_rows, on_device_of
+from fastnorm.ops.layout import as_rows, on_device_of, recorded
+from fastnorm.ops.library import layer_norm as library
 
 
 class LayerNormFunction(torch.autograd.Function):
@@ -30,9 +32,9 @@ class LayerNormFunction(torch.autograd.Function):
         activation: str,
         center: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
-        size = torch.Size(shape).numel()
+        size = math.prod(shape)
         with on_device_of(x):
-            y, total, stats = kernels.forward(
+            y, total, stats = (library if recorded(x) else kernels).forward(
                 as_rows(x, size),
                 None if residual is None else as_rows(residual, size),
                 weight, bias, eps, activation, center, x.shape,
@@ -65,9 +67,9 @@ class LayerNormFunction(torch.autograd.Function):
                 dx = dx + dsum
         else:
             x, weight, bias, stats = ctx.saved_tensors
-            size = torch.Size(ctx.shape).numel()
+            size = math.prod(ctx.shape)
             with on_device_of(x):
-                dx, dw, db = kernels.backward(
+                dx, dw, db = (library if recorded(x) else kernels).backward(
                     as_rows(dy, size), as_rows(x, size), weight, bias, stats,
                     None if dsum is None else as_rows(dsum, size),
                     ctx.activation,
@@ -99,7 +101,7 @@ def _differentiable_backward(
         normalize, (x, weight, bias), (x_wanted or residual_wanted, dw_wanted, db_wanted), dy
     )
     if db_wanted and bias is None:  # without an activation the backward does not need it
-        size = torch.Size(ctx.shape).numel()
+        size = math.prod(ctx.shape)
         db = dy.reshape(-1, size).sum(0, dtype=stats.dtype).to(ctx.bias_dtype)
     return dx, dw, db
 

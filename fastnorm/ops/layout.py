@@ -1,17 +1,19 @@
 """How the kernels see a tensor: dense, as (N, C, S), or as rows with a contiguous last axis."""
 
 import contextlib
+import math
 
 import torch
 from torch import Tensor
 
+from fastnorm.eager import native
 from fastnorm.kernels.launch import ChannelView
 
 
 def channel_view(x: Tensor) -> tuple[Tensor, ChannelView]:
     """`x`, or the one copy it takes to make it dense, and its view by channels (axis 1)."""
     batch, channels = x.shape[:2]
-    positions = x.shape[2:].numel()
+    positions = math.prod(x.shape[2:])
     if x.movedim(1, -1).is_contiguous():
         return x, ChannelView(1, channels, batch * positions, columns=True)
     if x.is_contiguous():
@@ -32,7 +34,7 @@ def sample_view(x: Tensor) -> tuple[Tensor, ChannelView]:
     """The same, for what is computed sample by sample: its N is the batch in both layouts."""
     dense, _ = channel_view(x)
     batch, channels = x.shape[:2]
-    positions = x.shape[2:].numel()
+    positions = math.prod(x.shape[2:])
     # where it is both, the longer runs: those of the one channel, or those of the channels
     columns = positions == 1 or not dense.is_contiguous()
     return dense, ChannelView(batch, channels, positions, columns)
@@ -45,6 +47,26 @@ def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
+def view_of(x: Tensor, columns: bool, by_sample: bool = False) -> ChannelView:
+    """The view of a dense `x` of which `channel_view` or `sample_view` told the layout."""
+    batch, channels = x.shape[:2]
+    positions = math.prod(x.shape[2:])
+    if columns and not by_sample:
+        return ChannelView(1, channels, batch * positions, columns)
+    return ChannelView(batch, channels, positions, columns)
+
+
+def recorded(x: Tensor) -> bool:
+    """Whether someone is to see which operators run, and kernels must be operators, too."""
+    return native.observed(x)
+
+
+def as_recorded(size: int | torch.SymInt) -> int:
+    """A size that may vary from call to call, as it is in the one that is recorded; 0: unknown."""
+    return size if isinstance(size, int) else size.node.hint or 0
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
     """Launches go to the current device: make it the tensor's."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    on_a_gpu = x.is_cuda and torch.cuda.is_initialized()  # a fake one needs none
+    return torch.cuda.device(x.device) if on_a_gpu else contextlib.nullcontext()

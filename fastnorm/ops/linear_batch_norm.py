@@ -18,7 +18,9 @@ from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels.launch import ChannelView, device_of
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
-from fastnorm.ops.layout import channel_view, on_device_of
+from fastnorm.ops.layout import as_recorded, channel_view, on_device_of, recorded
+from fastnorm.ops.library import linear_batch_norm as library
+from fastnorm.ops.library import linear_batch_norm_epilogue as epilogue_library
 from fastnorm.ops.sync_batch_norm import linear_sync_batch_norm
 
 
@@ -45,7 +47,7 @@ class GramFunction(torch.autograd.Function):
         view: ChannelView,
     ) -> Tensor:
         with on_device_of(x):
-            y, folded = kernels.gram_forward(
+            y, folded = (library if recorded(x) else kernels).gram_forward(
                 x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
                 training, momentum, eps, activation, view,
             )  # fmt: skip
@@ -71,7 +73,7 @@ class GramFunction(torch.autograd.Function):
                 ctx.bias_like, ctx.eps, ctx.activation, dy,
             ), *buffers_and_options  # fmt: skip
         with on_device_of(x):
-            dx, dw, db, dgamma, dbeta = kernels.gram_backward(
+            dx, dw, db, dgamma, dbeta = (library if recorded(x) else kernels).gram_backward(
                 _laid_out(dy, ctx.view), x, y, weight, norm_weight, norm_bias,
                 None if ctx.bias_like is None else ctx.bias_like[1],
                 folded, ctx.activation, ctx.view, wanted,
@@ -100,7 +102,7 @@ class EpilogueFunction(torch.autograd.Function):
         view: ChannelView,
     ) -> Tensor:
         with on_device_of(x):
-            y, z, stats = epilogue.forward(
+            y, z, stats = (epilogue_library if recorded(x) else epilogue).forward(
                 x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
                 training, momentum, eps, activation, view,
             )  # fmt: skip
@@ -125,7 +127,7 @@ class EpilogueFunction(torch.autograd.Function):
             ), *buffers_and_options  # fmt: skip
         dbeta_dtype = norm_bias.dtype if wanted[4] else None
         with on_device_of(x):
-            dx, dw, db, dgamma, dbeta = epilogue.backward(
+            dx, dw, db, dgamma, dbeta = (epilogue_library if recorded(x) else epilogue).backward(
                 dy.contiguous(), x, z, weight, norm_weight, norm_bias, stats,
                 ctx.training, ctx.activation, (*wanted[:4], dbeta_dtype),
             )  # fmt: skip
@@ -172,7 +174,7 @@ def linear_batch_norm(
     x, view = channel_view(input)
     if algorithm == "auto":
         backward = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        M, K, N = view.N * view.S, view.C, weight.shape[0]
+        M, K, N = (as_recorded(size) for size in (view.N * view.S, view.C, weight.shape[0]))
         algorithm = cost.choose(
             M, K, N, x.dtype, activation, device_of(x.device), training, backward,
             columns=view.columns, precision=precision(x.dtype),
@@ -191,8 +193,9 @@ def linear_batch_norm(
         )  # fmt: skip
     momentum = count_batch(num_batches_tracked, training, momentum)
     function = GramFunction if algorithm == "gram" else EpilogueFunction
+    as_rows = algorithm == "epilogue" and x.ndim > 2
     y: Tensor = function.apply(
-        x,
+        x.movedim(1, -1).flatten(0, -2) if as_rows else x,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
         None if norm_weight is None else norm_weight.reshape(-1).contiguous(),
@@ -204,4 +207,4 @@ def linear_batch_norm(
         activation,
         view,
     )
-    return y
+    return y.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1) if as_rows else y

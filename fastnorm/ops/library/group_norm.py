@@ -1,0 +1,125 @@
+"""The launchers of fastnorm/kernels/group_norm.py as operators."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm.kernels import group_norm as kernels
+from fastnorm.kernels.launch import ChannelView
+from fastnorm.ops.layout import on_device_of, view_of
+from fastnorm.ops.library.batch_norm import gradients_fake, gradients_found, gradients_wanted
+from fastnorm.ops.library.definition import kernel, moving, spread
+
+_FORWARD = (
+    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+    "Tensor{}? running_mean, Tensor{}? running_var, Tensor? momentum, float share, float eps, "
+    "str activation, bool columns, SymInt num_groups) -> (Tensor y, Tensor stats)"
+)
+
+
+def _forward_fake(x: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    num_groups = arguments[-1]
+    stats = torch.empty(3, x.shape[0] * num_groups, dtype=dtype, device=x.device)
+    return torch.empty_like(x, dtype=y_dtype), stats
+
+
+@kernel(
+    "group_norm_forward" + _FORWARD.format("", ""),
+    "group_norm_forward_with_update" + _FORWARD.format("(a!)", "(b!)"),
+    fake=_forward_fake,
+)
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: Tensor | None,
+    share: float,
+    eps: float,
+    activation: str,
+    columns: bool,
+    num_groups: int,
+) -> tuple[Tensor, Tensor]:
+    with on_device_of(x):
+        return kernels.forward(
+            x, residual, weight, bias, running_mean, running_var,
+            share if momentum is None else momentum, eps, activation,
+            view_of(x, columns, by_sample=True), num_groups,
+        )  # fmt: skip
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str,
+    view: ChannelView,
+    num_groups: int,
+) -> tuple[Tensor, Tensor]:
+    operators = torch.ops.fastnorm
+    operator = (
+        operators.group_norm_forward
+        if running_mean is None
+        else operators.group_norm_forward_with_update
+    )
+    y, stats = operator(
+        x, residual, weight, bias, running_mean, running_var, *moving(momentum), eps, activation,
+        view.columns, num_groups,
+    )  # fmt: skip
+    return y, stats
+
+
+@kernel(
+    "group_norm_backward(Tensor dy, Tensor x, Tensor? y, Tensor? residual, Tensor? weight, "
+    "Tensor? bias, Tensor stats, str activation, bool columns, SymInt num_groups, "
+    "bool wants_dx, ScalarType? dz_dtype, bool wants_dw, ScalarType? db_dtype) -> Tensor[]",
+    fake=gradients_fake,
+)
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    activation: str,
+    columns: bool,
+    num_groups: int,
+    *wanted: Any,
+) -> list[Tensor]:
+    with on_device_of(x):
+        found = kernels.backward(
+            dy, x, y, residual, weight, bias, stats, activation,
+            view_of(x, columns, by_sample=True), num_groups, wanted,
+        )  # fmt: skip
+    return gradients_found(*found, gradients_wanted(y, residual, weight, *wanted), wanted)
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    activation: str,
+    view: ChannelView,
+    num_groups: int,
+    wanted: tuple[bool, torch.dtype | None, bool, torch.dtype | None],
+) -> tuple[Tensor | None, ...]:
+    found = torch.ops.fastnorm.group_norm_backward(
+        dy, x, y, residual, weight, bias, stats, activation, view.columns, num_groups, *wanted
+    )
+    return spread(found, gradients_wanted(y, residual, weight, *wanted))

@@ -1,0 +1,124 @@
+"""The launchers of fastnorm/kernels/layer_norm.py as operators."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fastnorm.kernels import layer_norm as kernels
+from fastnorm.ops.layout import on_device_of
+from fastnorm.ops.library.definition import given, kernel, spread
+
+
+def _forward_fake(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    center: bool,
+    shape: Sequence[int],
+) -> list[Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    sums = [] if residual is None else [torch.empty(shape, dtype=dtype, device=x.device)]
+    stats = torch.empty(3 if center else 1, x.shape[0], dtype=wide, device=x.device)
+    return [torch.empty(shape, dtype=dtype, device=x.device), *sums, stats]
+
+
+@kernel(
+    "layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, "
+    "str activation, bool center, SymInt[] shape) -> Tensor[]",
+    fake=_forward_fake,
+)
+def _forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    center: bool,
+    shape: Sequence[int],
+) -> list[Tensor]:
+    with on_device_of(x):
+        found = kernels.forward(x, residual, weight, bias, eps, activation, center, shape)
+    return given(found, (True, residual is not None, True))
+
+
+def forward(
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    center: bool,
+    shape: Sequence[int],
+) -> tuple[Tensor | None, ...]:
+    found = torch.ops.fastnorm.layer_norm_forward(
+        x, residual, weight, bias, eps, activation, center, shape
+    )
+    return spread(found, (True, residual is not None, True))
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    dsum: Tensor | None,
+    activation: str,
+    wants_dx: bool,
+    wants_dw: bool,
+    db_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    found = (
+        torch.empty(x.shape, dtype=x.dtype, device=x.device),
+        None if weight is None else torch.empty_like(weight),
+        torch.empty(x.shape[1], dtype=db_dtype, device=x.device),
+    )
+    return given(found, (wants_dx, wants_dw, db_dtype is not None))
+
+
+@kernel(
+    "layer_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor? bias, Tensor stats, "
+    "Tensor? dsum, str activation, bool wants_dx, bool wants_dw, ScalarType? db_dtype) "
+    "-> Tensor[]",
+    fake=_backward_fake,
+)
+def _backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    dsum: Tensor | None,
+    activation: str,
+    wants_dx: bool,
+    wants_dw: bool,
+    db_dtype: torch.dtype | None,
+) -> list[Tensor]:
+    wanted = (wants_dx, wants_dw, db_dtype)
+    with on_device_of(x):
+        found = kernels.backward(dy, x, weight, bias, stats, dsum, activation, wanted)
+    return given(found, (wants_dx, wants_dw, db_dtype is not None))
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    dsum: Tensor | None,
+    activation: str,
+    wanted: tuple[bool, bool, torch.dtype | None],
+) -> tuple[Tensor | None, ...]:
+    wants_dx, wants_dw, db_dtype = wanted
+    found = torch.ops.fastnorm.layer_norm_backward(
+        dy, x, weight, bias, stats, dsum, activation, *wanted
+    )
+    return spread(found, (wants_dx, wants_dw and weight is not None, db_dtype is not None))

@@ -1,0 +1,186 @@
+"""The launchers of fastnorm/kernels/linear_batch_norm.py as operators."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastnorm.kernels import linear_batch_norm as kernels
+from fastnorm.kernels.launch import ChannelView, cdiv
+from fastnorm.kernels.linear_batch_norm import Folded
+from fastnorm.kernels.products import FOLD_ROWS, compute_dtype, empty_rows
+from fastnorm.ops.layout import on_device_of, view_of
+from fastnorm.ops.library.definition import given, kernel, moving, spread
+
+FORWARD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
+    "Tensor{}? running_mean, Tensor{}? running_var, bool training, Tensor? momentum, float share, "
+    "float eps, str activation, bool columns) -> {}"
+)
+_GRAM = (
+    "(Tensor y, Tensor x_mean, Tensor ws, Tensor stats, Tensor sizes, Tensor flags, Tensor shift)"
+)
+
+
+def _has(x: Tensor, training: bool) -> tuple[bool, ...]:
+    """Which fields of a Folded are there."""
+    narrow = x.element_size() == 2
+    return training, training, True, True, training and narrow, training and not narrow
+
+
+def _gram_forward_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    training, columns = arguments[5], arguments[-1]
+    N, K = weight.shape
+    F = cdiv(N, FOLD_ROWS)
+    shapes = ((K,), (N, K), (4, N), (F,), (F,), (K,))
+    dtypes = (*[torch.float64] * 4, torch.int32, compute_dtype(x.dtype))
+    folded = (
+        torch.empty(shape if has else (0,), dtype=dtype, device=x.device)
+        for shape, dtype, has in zip(shapes, dtypes, _has(x, training), strict=True)
+    )
+    return empty_rows(x, N, view_of(x, columns)), *folded
+
+
+@kernel(
+    "linear_batch_norm_gram_forward" + FORWARD.format("", "", _GRAM),
+    "linear_batch_norm_gram_forward_with_update" + FORWARD.format("(a!)", "(b!)", _GRAM),
+    fake=_gram_forward_fake,
+)
+def _gram_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: Tensor | None,
+    share: float,
+    eps: float,
+    activation: str,
+    columns: bool,
+) -> tuple[Tensor, ...]:
+    with on_device_of(x):
+        y, folded = kernels.gram_forward(
+            x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
+            training, share if momentum is None else momentum, eps, activation,
+            view_of(x, columns),
+        )  # fmt: skip
+    wide, whole, single = torch.float64, torch.int32, compute_dtype(x.dtype)
+    absent = (  # an operator returns no None
+        torch.empty(0, dtype=dtype, device=x.device)
+        for dtype in (wide, wide, wide, wide, whole, single)
+    )
+    return y, *(a if t is None else t for t, a in zip(folded, absent, strict=True))
+
+
+def gram_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float | Tensor,
+    eps: float,
+    activation: str,
+    view: ChannelView,
+) -> tuple[Tensor, Folded]:
+    operators = torch.ops.fastnorm
+    moves = training and running_mean is not None
+    operator = (
+        operators.linear_batch_norm_gram_forward_with_update
+        if moves
+        else operators.linear_batch_norm_gram_forward
+    )
+    y, *found = operator(
+        x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
+        training, *moving(momentum), eps, activation, view.columns,
+    )  # fmt: skip
+    there = zip(found, _has(x, training), strict=True)
+    return y, Folded._make(t if has else None for t, has in there)
+
+
+def _gram_wanted(
+    training: bool, norm_weight: Tensor | None, norm_bias: Tensor | None, wanted: Sequence[bool]
+) -> tuple[bool, ...]:
+    """Whether a backward returns a dx, a dweight, a dbias, a dγ and a dβ."""
+    wants_dx, wants_dw, wants_db, wants_dgamma, wants_dbeta = wanted
+    has_dgamma, has_dbeta = norm_weight is not None, norm_bias is not None
+    return (
+        wants_dx, wants_dw, wants_db and not training, wants_dgamma and has_dgamma,
+        wants_dbeta and has_dbeta,
+    )  # fmt: skip
+
+
+def _gram_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    x_mean: Tensor | None,
+    *arguments: Any,
+) -> list[Tensor]:
+    found = (
+        torch.empty_like(x),
+        torch.empty_like(weight),
+        torch.empty(weight.shape[0], dtype=bias_dtype, device=x.device),
+        *(None if t is None else torch.empty_like(t) for t in (norm_weight, norm_bias)),
+    )
+    return given(found, _gram_wanted(x_mean is not None, norm_weight, norm_bias, arguments[-1]))
+
+
+@kernel(
+    "linear_batch_norm_gram_backward(Tensor dy, Tensor x, Tensor? y, Tensor weight, "
+    "Tensor? norm_weight, Tensor? norm_bias, ScalarType? bias_dtype, Tensor? x_mean, Tensor? ws, "
+    "Tensor stats, Tensor sizes, Tensor? flags, Tensor? shift, str activation, bool columns, "
+    "bool[] wanted) -> Tensor[]",
+    fake=_gram_backward_fake,
+)
+def _gram_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    *arguments: Any,
+) -> list[Tensor]:
+    *found, activation, columns, wanted = arguments
+    folded = Folded(*found)
+    with on_device_of(x):
+        gradients = kernels.gram_backward(
+            dy, x, y, weight, norm_weight, norm_bias, bias_dtype, folded, activation,
+            view_of(x, columns), tuple(wanted),
+        )  # fmt: skip
+    training = folded.x_mean is not None
+    return given(gradients, _gram_wanted(training, norm_weight, norm_bias, wanted))
+
+
+def gram_backward(
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    bias_dtype: torch.dtype | None,
+    folded: Folded,
+    activation: str,
+    view: ChannelView,
+    wanted: tuple[bool, bool, bool, bool, bool],
+) -> tuple[Tensor | None, ...]:
+    found = torch.ops.fastnorm.linear_batch_norm_gram_backward(
+        dy, x, y, weight, norm_weight, norm_bias, bias_dtype, *folded, activation, view.columns,
+        wanted,
+    )  # fmt: skip
+    training = folded.x_mean is not None
+    return spread(found, _gram_wanted(training, norm_weight, norm_bias, wanted))
