@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 """Values that a trace may rest on: they are compared at every call."""
+ABSENT = object()
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 # functions whose answer may differ at the next call
 FICKLE = frozenset((
@@ -49,7 +50,7 @@ class Guard:
     value: Any
 
     def holds(self) -> bool:
-        now = self.owner.get(self.name, self)
+        now = self.owner.get(self.name, ABSENT)
         return now is self.value or (type(now) is type(self.value) and bool(now == self.value))
 
 
@@ -92,7 +93,9 @@ def capture(
         except Exception as error:  # a forward may raise anything when its tensors have no values
             line = f"{error}".splitlines()[0] if f"{error}" else ""
             raise UntraceableError(f"{type(error).__name__}: {line}"[:120]) from None
-        reason = watch.reason() or next(filter(None, map(_hazard, watch.codes)), "")
+        entries = _entries(forward)
+        hazards = (_hazard(code, code in entries) for code in watch.codes)
+        reason = watch.fickle or next(filter(None, hazards), "")
     if reason:
         raise UntraceableError(reason)
     members = [
@@ -176,8 +179,8 @@ class _Watch:
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.guards: list[Guard] = []
-        self.codes: dict[CodeType, bool] = {}
-        """Code outside torch that ran; whether it is the forward itself."""
+        self.codes: dict[CodeType, None] = {}
+        """Code outside torch that ran, in that order."""
         self.fickle = ""
         self.thread = threading.get_ident()
 
@@ -217,7 +220,11 @@ class _Watch:
         if name.startswith("__") or threading.get_ident() != self.thread or _of_torch(frame):
             return
         own = object.__getattribute__(module, "__dict__")
-        if name not in own or name in ("_modules", "_parameters", "_buffers"):
+        if name not in own:
+            if isinstance(value, SIMPLE):  # of the class: an instance may get its own
+                self.guards.append(Guard(own, name, ABSENT))
+            return
+        if name in ("_modules", "_parameters", "_buffers"):
             return
         if not _is_comparable(value) and not callable(value):
             raise UntraceableError(f"it reads {name}, a {type(value).__name__}")
@@ -239,16 +246,13 @@ class _Watch:
             if code.co_filename.endswith(CONTEXT_FILES):
                 if code.co_name in ("__enter__", "decorate_context", "checkpoint", "wrapper_fwd"):
                     self.fickle = self.fickle or "it runs in a context, or checkpointed"
-            elif not _is_trusted(frame) and not code.co_name.startswith("<"):
-                self.codes.setdefault(code, False)
+            elif not _is_trusted(frame) and not _is_aside(frame):
+                self.codes[code] = None
         elif event == "c_call":
             name = getattr(argument, "__name__", "")
             random = frame.f_globals.get("__name__") == "random"
             if name in FICKLE and (random or not _is_trusted(frame)):
                 self.fickle = self.fickle or f"it calls {name}()"
-
-    def reason(self) -> str:
-        return self.fickle
 
 
 def _is_comparable(value: object) -> bool:
@@ -272,35 +276,65 @@ def _is_trusted(frame: FrameType) -> bool:
     )
 
 
-def _hazard(code: CodeType) -> str:
+def _is_aside(frame: FrameType) -> bool:
+    """Part of the source of its caller; or an object's own method, that torch.fx asks in passing."""
+    name, caller = frame.f_code.co_name, frame.f_back
+    while caller is not None and caller.f_code.co_name.startswith("__"):
+        caller = caller.f_back
+    asked = name.startswith("__") and caller is not None and _is_trusted(caller)
+    return name.startswith("<") or asked
+
+
+def _entries(forward: Callable[..., Any]) -> set[CodeType]:
+    """The forward's code and that of its wrappers: what they are given is what the caller gave."""
+    found = set()
+    while True:
+        found.add(forward.__code__)
+        if not hasattr(forward, "__wrapped__"):
+            return found
+        forward = forward.__wrapped__
+
+
+def _hazard(code: CodeType, is_entry: bool) -> str:
     """What in the source of `code` a trace cannot show; empty for nothing."""
     try:
         tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
     except (OSError, TypeError, SyntaxError):
         return f"the source of {code.co_name} cannot be read"
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    given = set(names) if code.co_name == "forward" else set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            given.discard(node.id)
-    for node in ast.walk(tree):
+    nodes = list(ast.walk(tree))
+    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    count = code.co_argcount + code.co_kwonlyargcount
+    count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
+    unknown = stored | (set() if is_entry else set(code.co_varnames[1:count]))
+    for node in nodes:
         if isinstance(node, ast.With | ast.Try | ast.Global | ast.Nonlocal | ast.Yield | ast.Await):
             return f"{code.co_name} has a {type(node).__name__.lower()} statement"
         if isinstance(node, ast.Compare) and any(
             isinstance(one, ast.Is | ast.IsNot) for one in node.ops
         ):
             sides = [node.left, *node.comparators]
-            if not all(_is_known(side, given) for side in sides):
-                return f"{code.co_name} asks whether a value is None: line {node.lineno}"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "type":
+            if not all(_is_known(side, unknown) for side in sides):
+                return f"{code.co_name} asks whether a value is None"
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Name)
+            and node.func.id == "type"
+            and not all(isinstance(one, ast.Name) and one.id == "self" for one in node.args)
+        ):
             return f"{code.co_name} asks for a type"
     return ""
 
 
-def _is_known(side: ast.expr, given: set[str]) -> bool:
-    """Whether `is` on this has the answer that was noted: a constant, an argument, self's own."""
-    while isinstance(side, ast.Attribute):
+def _is_known(side: ast.expr, unknown: set[str]) -> bool:
+    """Whether `is` on this is asked of something that a call gives or a guard covers.
+
+    That are constants, globals, and what the module or the caller gave; not what was computed.
+    """
+    while isinstance(side, ast.Attribute | ast.Subscript):
         side = side.value
-        if isinstance(side, ast.Name) and side.id == "self":
-            return True
-    return isinstance(side, ast.Constant) or (isinstance(side, ast.Name) and side.id in given)
+        if isinstance(side, ast.Call) and isinstance(side.func, ast.Name):
+            if side.func.id == "type":  # of self: any other is refused
+                return True
+    if isinstance(side, ast.Name):
+        return side.id not in unknown
+    return isinstance(side, ast.Constant)
