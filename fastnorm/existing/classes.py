@@ -4,7 +4,6 @@ Replacing a module loses its identity: hooks, names, ties, and whoever holds a r
 `module.__class__` keeps all that, parameters and buffers too, since they live in the instance.
 """
 
-import functools
 import types
 from typing import Any
 
@@ -15,7 +14,9 @@ PLANS = "_fastnorm_plans"
 """The attribute of a module whose forward has been rewritten; see fuse.py."""
 
 
-@functools.lru_cache(maxsize=None)
+_merged: dict[tuple[type[nn.Module], type[nn.Module]], type[nn.Module]] = {}
+
+
 def merged(ours: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     """A class that computes as `ours` and otherwise is `original`, with its name.
 
@@ -23,6 +24,12 @@ def merged(ours: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
     """
     if issubclass(ours, original):
         return ours
+    if (ours, original) not in _merged:
+        _merged[ours, original] = _merge(ours, original)
+    return _merged[ours, original]
+
+
+def _merge(ours: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
 
     def body(namespace: dict[str, Any]) -> None:
         namespace.update(
@@ -41,7 +48,8 @@ def merged(ours: type[nn.Module], original: type[nn.Module]) -> type[nn.Module]:
 def _reduced(self: nn.Module, protocol: int) -> tuple[Any, ...]:
     """For pickle and copy.deepcopy: a merged class has no name to be found by, its parts have."""
     ours, original = type(self)._fastnorm_classes  # type: ignore[attr-defined]
-    state = self.__getstate__() if hasattr(self, "__getstate__") else self.__dict__
+    getstate = getattr(self, "__getstate__", None)  # of every object from Python 3.11 on
+    state = self.__dict__ if getstate is None else getstate()
     if isinstance(state, dict):  # plans hold code that was made here; a copy makes its own
         state = {name: value for name, value in state.items() if name != PLANS}
     return _new, (ours, original), state

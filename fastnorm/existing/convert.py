@@ -14,12 +14,12 @@ def convert(model: nn.Module, *, fuse: bool = True, verify: bool = True) -> nn.M
 
     Each module stays the object that it was, with its parameters, buffers, hooks, name and mode;
     only its class changes. Optimizers, tied weights and checkpoints stay valid, and state-dict keys
-    are the same before and after. `fastnorm.summary` says what has changed, and why the rest has not.
+    are the same before and after. `fastnorm.summary` says what has changed, and why not.
 
     Args:
         model: any module. torch.nn's norms are converted, and subclasses that keep their forward.
-            Classes of other libraries that compute LayerNorm or RMSNorm (over the last axes, or over
-            the channels of (N, C, *); RMSNorm also with 1 + weight) are recognised.
+            Classes of other libraries that compute LayerNorm or RMSNorm, over the last axes or over
+            the channels of (N, C, *), are recognised; RMSNorm also with 1 + weight.
         fuse: whether to call `fastnorm.fuse` afterwards.
         verify: convert a foreign class only where it and ours agree on random inputs, output and
             gradients. Otherwise only classes known by name are converted, unseen.
@@ -78,6 +78,6 @@ def open_modules(model: nn.Module, prefix: str = "") -> list[tuple[str, nn.Modul
             continue
         seen.add(module)
         found.append((name, module))
-        children = [(f"{name}.{part}" if name else part, child) for part, child in module.named_children()]  # fmt: skip
-        todo += reversed(children)
+        dot = f"{name}." if name else ""
+        todo += reversed([(dot + part, child) for part, child in module.named_children()])
     return found

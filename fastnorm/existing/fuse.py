@@ -14,8 +14,10 @@ from fastnorm.existing import classes, patterns
 from fastnorm.existing.classes import PLANS
 from fastnorm.existing.convert import open_modules, require_open
 from fastnorm.structure import layers
-from fastnorm.structure.forward import SIMPLE, Captured, UntraceableError, capture
+from fastnorm.structure.forward import SIMPLE, Captured, Guard, UntraceableError, capture
 
+BAKED = ("activation", "negative_slope", "alpha", "approximate")
+"""Attributes of a norm or activation that a plan has as they were."""
 MOST_PLANS = 16
 """Ways to call a forward that are each traced; calls in further ways run as they are written."""
 
@@ -57,7 +59,9 @@ def fuse(model: nn.Module) -> nn.Module:
             continue
         try:
             module.__class__ = classes.merged(FusedForward, type(module))
-        except TypeError:  # a class with slots or a metaclass of its own: it stays, summary says why
+        except (
+            TypeError
+        ):  # a class with slots or a metaclass of its own: it stays, summary says why
             continue
         module.__dict__[PLANS] = plans
     return model
@@ -70,14 +74,14 @@ class Plan:
     run: Callable[..., Any]
     captured: Captured
     found: patterns.Found
-    parts: list[tuple[Mapping[str, nn.Module | None], str, nn.Module]]
+    parts: list[tuple[dict[str, nn.Module | None], str, nn.Module]]
     """Where each module that has been fused hangs, by which name, and what it was."""
 
     def holds(self) -> bool:
         for where, name, module in self.parts:
             if where.get(name) is not module or classes.is_hooked(module):
                 return False
-        return self.captured.holds() and not torch_module._has_any_global_hook()
+        return self.captured.holds() and not torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
 class FusedForward(nn.Module):
@@ -133,9 +137,7 @@ def _way(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
     return tuple(key), inputs
 
 
-def plan_for(
-    module: nn.Module, written: Callable[..., Any], args: Any, kwargs: Any
-) -> Plan | str:
+def plan_for(module: nn.Module, written: Callable[..., Any], args: Any, kwargs: Any) -> Plan | str:
     """A plan, or why there is none."""
     try:
         captured = capture(module, written, args, kwargs)
@@ -151,6 +153,12 @@ def plan_for(
         (_parent(modules, name)._modules, name.split(".")[-1], part)
         for run in found.fusions
         for name, part in patterns.modules_of(run, modules)
+    ]
+    captured.guards += [
+        Guard(part.__dict__, name, part.__dict__[name])
+        for _, _, part in parts
+        for name in BAKED
+        if name in part.__dict__
     ]
     graph.rewrite()
     code = captured.graph.python_code("self")
@@ -175,9 +183,16 @@ def _parent(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
 
 def candidate(module: nn.Module) -> bool:
     """Whether a module's own forward may hold something to fuse."""
-    if isinstance(module, (FusedForward, *layers.FUSED)) or "forward" in module.__dict__:
+    if isinstance(module, FusedForward) or "forward" in module.__dict__:
         return False
-    kind = type(module)
+    return has_norms(module)
+
+
+def has_norms(module: nn.Module) -> bool:
+    """Whether a forward that may be read calls norms of its own."""
+    kind = classes.original_class(module)
+    if isinstance(module, layers.FUSED):
+        return False
     if kind.__module__.startswith("torch.") and kind.forward is not nn.Sequential.forward:
         return False
     return any(patterns.norm_kind(child) for child in _called(module))
@@ -195,7 +210,7 @@ def _called(module: nn.Module) -> list[nn.Module]:
 def first_plans(module: nn.Module) -> dict[Any, Plan | str]:
     """Plans of the plainest call, with required arguments alone, in training and evaluation."""
     written = type(module).forward
-    args = _required(written)
+    args = required_arguments(written)
     plans: dict[Any, Plan | str] = {}
     was = module.training
     for training in (True, False):
@@ -208,12 +223,11 @@ def first_plans(module: nn.Module) -> dict[Any, Plan | str]:
     return plans
 
 
-def _required(forward: Callable[..., Any]) -> tuple[Tensor, ...]:
+def required_arguments(forward: Callable[..., Any]) -> tuple[Tensor, ...]:
     """A tensor for each positional argument without a default, but self."""
     parameters = list(inspect.signature(forward).parameters.values())[1:]
     return tuple(
         torch.empty(0)
         for one in parameters
-        if one.default is one.empty
-        and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
     )

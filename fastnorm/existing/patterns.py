@@ -14,22 +14,12 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 
-from fastnorm.existing import calls
+from fastnorm.existing import calls, nodes
 from fastnorm.existing.classes import is_hooked
+from fastnorm.existing.foreign import ForeignRMSNorm
 from fastnorm.structure import layers
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-SUMS = {"add": False, "iadd": True, "add_": True}
-"""Functions and methods that add; whether in place."""
-
-ACTIVATION_FUNCTIONS = {
-    "relu": "relu", "relu_": "relu", "relu6": "relu6", "leaky_relu": "leaky_relu",
-    "leaky_relu_": "leaky_relu", "elu": "elu", "elu_": "elu", "silu": "silu", "gelu": "gelu",
-    "tanh": "tanh", "tanh_": "tanh", "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
-    "hardswish": "hardswish",
-}  # fmt: skip
-# every argument that changes what they compute, with the value that ours has
-ARGUMENTS = {"leaky_relu": ("negative_slope", 0.01), "elu": ("alpha", 1.0)}
 
 
 @dataclass
@@ -38,7 +28,8 @@ class Fusion:
 
     nodes: list[fx.Node]
     parts: list[str]
-    """The names of the modules in it, and of functions in brackets."""
+    """The names of the modules in it, and of sums and functions."""
+    norms: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         return " → ".join(self.parts)
@@ -59,23 +50,6 @@ def norm_kind(norm: nn.Module | None) -> str:
         if norm is not None and type(norm).forward in forwards:
             return "" if type(norm).__call__ is not nn.Module.__call__ else name
     return ""
-
-
-def module_activation(module: nn.Module) -> str | None:
-    """The activation of ours that a module of torch.nn computes exactly."""
-    kinds: dict[type[nn.Module], str] = {
-        nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Tanh: "tanh",
-        nn.Sigmoid: "sigmoid", nn.Hardswish: "hardswish",
-    }  # fmt: skip
-    if type(module) in kinds:
-        return kinds[type(module)]
-    if type(module) is nn.LeakyReLU:
-        return "leaky_relu" if module.negative_slope == 0.01 else None
-    if type(module) is nn.ELU:
-        return "elu" if module.alpha == 1.0 else None
-    if type(module) is nn.GELU:
-        return "gelu_tanh" if module.approximate == "tanh" else "gelu"
-    return None
 
 
 class Graph:
@@ -108,7 +82,7 @@ class Graph:
         """The family of a norm that is called with one tensor, and not listened to."""
         norm = self.module(node)
         kind = norm_kind(norm)
-        if not kind or norm is None or not _takes_one(node):
+        if not kind or norm is None or not nodes.takes_one(node):
             return ""
         if is_hooked(norm):
             self._refuse(node, "it has hooks")
@@ -124,18 +98,18 @@ class Graph:
         if plain and kind in ("batch", "group"):
             last = self._sum_after(node)
             if last is not node:
-                run, parts = [*run, last], [*parts, "(+)"]
-        foreign = kind == "rms" and type(norm).forward is calls.ForeignRMSNorm.forward
+                run, parts = [*run, last], [*parts, "+"]
+        foreign = isinstance(norm, ForeignRMSNorm)
         if plain and not foreign:
             act = self._activation_after(last)
             if act is not None:
                 run, parts = [*run, act], [*parts, self._name(act)]
         layer = node.args[0]
-        if kind == "batch" and self._is_layer_for(node, layer) and "(+)" not in parts:
+        if kind == "batch" and self._is_layer_for(node, layer) and "+" not in parts:
             run, parts = [layer, *run], [str(layer.target), *parts]  # type: ignore[list-item, union-attr]
         if len(run) == 1 or self._disturbed(run):
             return None
-        return Fusion(run, parts)
+        return Fusion(run, parts, [str(node.target)])
 
     def _is_layer_for(self, node: fx.Node, layer: object) -> bool:
         """Whether `layer` is called for this norm alone, and can be one operation with it."""
@@ -151,7 +125,7 @@ class Graph:
             reason = f"{layer.target} has hooks"
         elif getattr(module, "padding_mode", "zeros") != "zeros":
             reason = f"{layer.target} pads with {module.padding_mode}"
-        elif not _takes_one(layer):
+        elif not nodes.takes_one(layer):
             reason = f"{layer.target} is called in an unusual way"
         if reason:
             self._refuse(node, reason)
@@ -165,13 +139,13 @@ class Graph:
                 self._refuse(node, "its output is used elsewhere")
             return node
         total = users[0]
-        if SUMS[_function(total)] and total.args[0] is not node:
+        if nodes.SUMS[nodes.function(total)] and total.args[0] is not node:
             return node  # what is changed in place is not ours
         return total
 
     def _is_sum(self, node: fx.Node) -> bool:
         return (
-            _function(node) in SUMS
+            nodes.function(node) in nodes.SUMS
             and len(node.args) == 2
             and not node.kwargs
             and all(isinstance(one, fx.Node) for one in node.args)
@@ -196,18 +170,8 @@ class Graph:
         """The activation that a node is, with arguments that ours has too."""
         module = self.module(node)
         if module is not None:
-            return module_activation(module) if _takes_one(node) else None
-        name = ACTIVATION_FUNCTIONS.get(_function(node))
-        if name is None or not node.args:
-            return None
-        options = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-        options |= {str(index): value for index, value in enumerate(node.args[1:])}
-        if name == "gelu" and set(options) == {"approximate"}:
-            return {"none": "gelu", "tanh": "gelu_tanh"}.get(str(options["approximate"]))
-        known, value = ARGUMENTS.get(name, ("", None))
-        if known and (options == {known: value} or options == {"0": value}):
-            return name
-        return name if not options else None
+            return nodes.module_activation(module) if nodes.takes_one(node) else None
+        return nodes.function_activation(node)
 
     def _sum_before(self, node: fx.Node) -> Fusion | None:
         """The sum that a LayerNorm or RMSNorm takes; others may use it too."""
@@ -216,13 +180,13 @@ class Graph:
         total = node.args[0]
         if not isinstance(total, fx.Node) or not self._is_sum(total):
             return None
-        if SUMS[_function(total)] and not self._is_fresh(total.args[0], total):
+        if nodes.SUMS[nodes.function(total)] and not self._is_fresh(total.args[0], total):
             self._refuse(node, "the sum before it is in place, of a tensor that is used elsewhere")
             return None
         run = [total, node]
         if self._disturbed(run):
             return None
-        return Fusion(run, ["(+)", str(node.target)])
+        return Fusion(run, ["+", str(node.target)], [str(node.target)])
 
     def _is_fresh(self, node: object, user: fx.Node) -> bool:
         """Whether `node` is a new tensor that `user` alone sees."""
@@ -233,7 +197,7 @@ class Graph:
         """Whether anything between a run's nodes could tell that they moved together."""
         first, last = self.order[run[0]], self.order[run[-1]]
         moved = {self.module(node) for node in run} - {None}
-        watched = {_root(one) for node in run for one in [node, *node.all_input_nodes]}
+        watched = {nodes.root(one) for node in run for one in [node, *node.all_input_nodes]}
         for node, index in self.order.items():
             if not first < index < last or node in run:
                 continue
@@ -241,12 +205,8 @@ class Graph:
             inside = set(module.modules()) if module is not None else set()
             if moved & inside:
                 return self._refuse_run(run, "it is called again in between")
-            in_place = _function(node).endswith("_") or _function(node).startswith("i")
-            in_place = in_place and _function(node) in dir(operator) or _function(node).endswith("_")
-            in_place = in_place or bool(node.kwargs.get("inplace"))
-            in_place = in_place or "out" in node.kwargs or _function(node) == "setitem"
-            in_place = in_place or any(getattr(one, "inplace", False) for one in inside)
-            if in_place and watched & {_root(one) for one in node.all_input_nodes}:
+            in_place = nodes.changes(node) or any(getattr(one, "inplace", False) for one in inside)
+            if in_place and watched & {nodes.root(one) for one in node.all_input_nodes}:
                 return self._refuse_run(run, "a tensor is changed in place in between")
         return False
 
@@ -262,12 +222,12 @@ class Graph:
         self.found.refused.setdefault(str(node.target), reason)
 
     def _name(self, node: fx.Node) -> str:
-        return str(node.target) if node.op == "call_module" else f"{_function(node)}()"
+        return str(node.target) if node.op == "call_module" else f"{nodes.function(node)}()"
 
     def rewrite(self) -> None:
         """Put each run's operation in its place."""
         for run in self.found.fusions:
-            if run.parts[0] == "(+)":
+            if run.parts[0] == "+":
                 self._rewrite_sum(run)
             else:
                 self._rewrite_norm(run)
@@ -309,28 +269,6 @@ class Graph:
     def _erase(self, run: Fusion) -> None:
         for one in reversed(run.nodes):
             self.graph.erase_node(one)
-
-
-def _function(node: fx.Node) -> str:
-    """The name of the function or method that a node calls; empty for other nodes."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", ""))
-    return ""
-
-
-def _takes_one(node: fx.Node) -> bool:
-    return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
-
-
-def _root(node: fx.Node) -> fx.Node:
-    """The node whose memory `node` may be."""
-    while _function(node) in layers.VIEW_FUNCTIONS | {"getitem", "chunk", "split", "unbind"}:
-        if not node.all_input_nodes:
-            break
-        node = node.all_input_nodes[0]
-    return node
 
 
 def modules_of(run: Fusion, modules: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:

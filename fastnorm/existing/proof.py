@@ -50,8 +50,9 @@ class Proofs:
         inputs = [
             name
             for name, one in inspect.signature(module.forward).parameters.items()
-            if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
-        ]  # fmt: skip
+            if one.default is one.empty
+            and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
+        ]
         if len(inputs) != 1:
             return f"its forward takes {len(inputs)} inputs ({', '.join(inputs)})"
         return ""

@@ -206,4 +206,3 @@ def _by_name(module: nn.Module) -> Swap | None:
         if swap.ours is kind and matches and not _conflict(module, swap):
             return swap
     return None
-

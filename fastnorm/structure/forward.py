@@ -6,11 +6,8 @@ members of a ModuleList), or ends the attempt with a reason: values that are ask
 absences of what was computed, random numbers, contexts, attributes that are set.
 """
 
-import ast
-import inspect
 import sys
 import sysconfig
-import textwrap
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +18,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from fastnorm.structure.hazards import entry_codes, hazard
 
 SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
 """Values that a trace may rest on: they are compared at every call."""
@@ -93,9 +92,9 @@ def capture(
         except Exception as error:  # a forward may raise anything when its tensors have no values
             line = f"{error}".splitlines()[0] if f"{error}" else ""
             raise UntraceableError(f"{type(error).__name__}: {line}"[:120]) from None
-        entries = _entries(forward)
-        hazards = (_hazard(code, code in entries) for code in watch.codes)
-        reason = watch.fickle or next(filter(None, hazards), "")
+        entries = entry_codes(forward)
+        found = (hazard(code, code in entries) for code in watch.codes)
+        reason = watch.fickle or next(filter(None, found), "")
     if reason:
         raise UntraceableError(reason)
     members = [
@@ -168,7 +167,7 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache)
 
 
-class _NoTensors(TorchDispatchMode):
+class _NoTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         raise UntraceableError("it computes with tensors that are not its input or parameters")
 
@@ -205,11 +204,11 @@ class _Watch:
                 raise UntraceableError(f"it {what}")
             set_attribute(self, name, value)
 
-        nn.Module.__getattribute__ = reading  # type: ignore[method-assign]
-        nn.Module.__setattr__ = setting  # type: ignore[method-assign, assignment]
+        nn.Module.__getattribute__ = reading  # type: ignore[method-assign, assignment]
+        nn.Module.__setattr__ = setting  # type: ignore[method-assign]
         sys.setprofile(self.called)
         try:
-            with _NoTensors():
+            with _NoTensors():  # type: ignore[no-untyped-call]
                 yield
         finally:
             sys.setprofile(profile)
@@ -277,64 +276,9 @@ def _is_trusted(frame: FrameType) -> bool:
 
 
 def _is_aside(frame: FrameType) -> bool:
-    """Part of the source of its caller; or an object's own method, that torch.fx asks in passing."""
+    """Part of the source of its caller, or an object's own method that torch.fx asks in passing."""
     name, caller = frame.f_code.co_name, frame.f_back
     while caller is not None and caller.f_code.co_name.startswith("__"):
         caller = caller.f_back
     asked = name.startswith("__") and caller is not None and _is_trusted(caller)
     return name.startswith("<") or asked
-
-
-def _entries(forward: Callable[..., Any]) -> set[CodeType]:
-    """The forward's code and that of its wrappers: what they are given is what the caller gave."""
-    found = set()
-    while True:
-        found.add(forward.__code__)
-        if not hasattr(forward, "__wrapped__"):
-            return found
-        forward = forward.__wrapped__
-
-
-def _hazard(code: CodeType, is_entry: bool) -> str:
-    """What in the source of `code` a trace cannot show; empty for nothing."""
-    try:
-        tree = ast.parse(textwrap.dedent(inspect.getsource(code)))
-    except (OSError, TypeError, SyntaxError):
-        return f"the source of {code.co_name} cannot be read"
-    nodes = list(ast.walk(tree))
-    stored = {n.id for n in nodes if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    count = code.co_argcount + code.co_kwonlyargcount
-    count += bool(code.co_flags & inspect.CO_VARARGS) + bool(code.co_flags & inspect.CO_VARKEYWORDS)
-    unknown = stored | (set() if is_entry else set(code.co_varnames[1:count]))
-    for node in nodes:
-        if isinstance(node, ast.With | ast.Try | ast.Global | ast.Nonlocal | ast.Yield | ast.Await):
-            return f"{code.co_name} has a {type(node).__name__.lower()} statement"
-        if isinstance(node, ast.Compare) and any(
-            isinstance(one, ast.Is | ast.IsNot) for one in node.ops
-        ):
-            sides = [node.left, *node.comparators]
-            if not all(_is_known(side, unknown) for side in sides):
-                return f"{code.co_name} asks whether a value is None"
-        if (
-            isinstance(node, ast.Call)
-            and isinstance(node.func, ast.Name)
-            and node.func.id == "type"
-            and not all(isinstance(one, ast.Name) and one.id == "self" for one in node.args)
-        ):
-            return f"{code.co_name} asks for a type"
-    return ""
-
-
-def _is_known(side: ast.expr, unknown: set[str]) -> bool:
-    """Whether `is` on this is asked of something that a call gives or a guard covers.
-
-    That are constants, globals, and what the module or the caller gave; not what was computed.
-    """
-    while isinstance(side, ast.Attribute | ast.Subscript):
-        side = side.value
-        if isinstance(side, ast.Call) and isinstance(side.func, ast.Name):
-            if side.func.id == "type":  # of self: any other is refused
-                return True
-    if isinstance(side, ast.Name):
-        return side.id not in unknown
-    return isinstance(side, ast.Constant)
