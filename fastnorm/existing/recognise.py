@@ -66,11 +66,14 @@ class Verdict:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether somebody would call it a normalization layer."""
+    """Whether somebody would call it a normalization layer: by its class, name or parameters."""
     if isinstance(module, (*layers.NORMS, *layers.FUSED, LazyModuleMixin)):
         return not isinstance(module, LazyModuleMixin) or "Norm" in type(module).__name__
-    named = "norm" in type(module).__name__.lower()
-    return named and not any(True for _ in module.children())
+    if any(True for _ in module.children()):
+        return False
+    parameters = {name for name, one in module._parameters.items() if one is not None}
+    shaped = {"weight"} <= parameters <= {"weight", "bias"} and len(_eps(module)) == 1
+    return shaped or "norm" in type(module).__name__.lower()
 
 
 def verdict(module: nn.Module, verify: bool, proofs: proof.Proofs) -> Verdict:
