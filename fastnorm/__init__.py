@@ -2,6 +2,7 @@
 
 from fastnorm import functional, init, signals
 from fastnorm.backend import backend_for, use_backend
+from fastnorm.existing import convert, fold, fuse, summary
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.modules.group_norm import (
     GroupNorm,
@@ -37,6 +38,10 @@ __all__ = [
     "Conv1dBatchNorm",
     "Conv2dBatchNorm",
     "Conv3dBatchNorm",
+    "convert",
+    "fuse",
+    "fold",
+    "summary",
     "functional",
     "init",
     "signals",

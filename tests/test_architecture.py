@@ -17,6 +17,7 @@ LAYERS = [  # top to bottom; a file may import only from its own layer and those
     "fastnorm.cli",
     "fastnorm.signals",
     "fastnorm.init",
+    "fastnorm.existing",
     "fastnorm.structure",
     "fastnorm.tables",
     "fastnorm.modules",

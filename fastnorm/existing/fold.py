@@ -1,0 +1,187 @@
+"""Fold: in evaluation BatchNorm is a scale and a shift, which the layer before it can do itself."""
+
+import copy
+from collections import Counter, OrderedDict
+
+import torch
+from torch import Tensor, fx, nn
+
+from fastnorm.eager.activations import ACTIVATIONS
+from fastnorm.existing import classes, patterns
+from fastnorm.existing.convert import open_modules, require_open
+from fastnorm.existing.fuse import has_norms, required_arguments
+from fastnorm.structure import layers
+from fastnorm.structure.forward import UntraceableError, capture
+
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
+Pair = tuple[nn.Module, str, str]
+"""A module, and the names in it of a layer and of the batch norm after it."""
+
+
+def fold(model: nn.Module) -> nn.Module:
+    r"""A copy of `model` for evaluation, each BatchNorm folded into the layer before it.
+
+    .. math:: W' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} W, \qquad
+              b' = \frac{\gamma}{\sqrt{\sigma^2 + \epsilon}} (b - \mu) + \beta
+
+    with μ and σ² the running statistics. Layers are Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d
+    whose output goes to one BatchNorm and nowhere else, in `nn.Sequential` or any module that
+    torch.fx can trace. The norm's place keeps its activation, if it is fastnorm's with one. The
+    state dict is another, and the copy cannot be trained as the model could: fold last.
+
+    Args:
+        model: any module in evaluation mode. It stays as it is.
+
+    Raises:
+        ValueError: the model, or a BatchNorm in it, is in training mode.
+        TypeError: `model` is not a module, or is compiled or scripted.
+
+    The copy raises ValueError where a Linear before a folded BatchNorm1d gets other than (N, C):
+    torch's BatchNorm1d would normalize another axis than the layer's last.
+
+    Source: Jacob et al. 2018, "Quantization and Training of Neural Networks", section 3.2.
+
+    >>> import torch, fastnorm
+    >>> model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+    >>> x = torch.randn(2, 3, 9, 9)
+    >>> torch.testing.assert_close(fastnorm.fold(model)(x), model(x))
+    """
+    require_open(model, "fold")
+    training = [
+        name or type(module).__name__
+        for name, module in model.named_modules()
+        if module.training and (module is model or isinstance(module, layers.BATCH_NORMS))
+    ]
+    if training:
+        raise ValueError(
+            f"fold needs a model in evaluation mode, but {training[0]} is in training mode: "
+            "call model.eval() first"
+        )
+    folded = copy.deepcopy(model)
+    names = Counter(id(one) for _, one in folded.named_modules(remove_duplicate=False))
+    for owner, layer, norm in [pair for _, one in open_modules(folded) for pair in _pairs(one)]:
+        one, other = owner.get_submodule(layer), owner.get_submodule(norm)
+        if names[id(one)] == names[id(other)] == 1:  # a layer of two places serves two norms
+            _fold(one, other)
+            _replace(owner, norm, _Folded(other, one))
+    if isinstance(folded, layers.FUSED):
+        return _apart(folded)
+    for name, module in list(folded.named_modules()):
+        if isinstance(module, layers.FUSED):
+            _replace(folded, name, _apart(module))
+    return folded
+
+
+class _Folded(nn.Module):
+    """In the place of a folded norm: its activation, and its rule of how many axes there are."""
+
+    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+        super().__init__()
+        self.activation = getattr(norm, "activation", "identity")
+        self.axes = 2 if isinstance(layer, nn.Linear) else _weight(layer).ndim
+        self.eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.ndim != self.axes:
+            raise ValueError(
+                f"a BatchNorm was folded for {self.axes} axes, but got {list(input.shape)}"
+            )
+        return ACTIVATIONS[self.activation](input)
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
+
+
+def _pairs(owner: nn.Module) -> list[Pair]:
+    """Layers and norms that an owner's forward calls one after the other."""
+    written = classes.original_class(owner).forward
+    if not has_norms(owner) or "forward" in owner.__dict__:
+        return []
+    try:
+        graph = capture(owner, written, required_arguments(written), {}).graph
+    except UntraceableError:
+        return []
+    modules = dict(owner.named_modules(remove_duplicate=False))
+    called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    asked = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+
+    def folds(node: fx.Node, layer: object) -> bool:
+        if not isinstance(layer, fx.Node) or layer.op != "call_module" or len(layer.users) != 1:
+            return False
+        names = (str(layer.target), str(node.target))
+        one, norm = modules[names[0]], modules[names[1]]
+        return (
+            type(one) in FOLDABLE
+            and getattr(norm, "running_mean", None) is not None
+            and all(called[name] == 1 for name in names)
+            and not any(name.startswith(tuple(f"{one}." for one in names)) for name in asked)
+            and not any(classes.is_hooked(module) for module in (one, norm))
+        )
+
+    return [
+        (owner, str(node.all_input_nodes[0].target), str(node.target))
+        for node in graph.nodes
+        if node.op == "call_module"
+        and patterns.norm_kind(modules.get(str(node.target))) == "batch"
+        and len(node.args) == 1
+        and folds(node, node.args[0])
+    ]
+
+
+@torch.no_grad()
+def _fold(layer: nn.Module, norm: nn.Module) -> None:
+    """Give `layer` the weight and bias with which it computes what `norm` made of its output."""
+    assert isinstance(layer, FOLDABLE)
+    assert isinstance(norm, layers.BATCH_NORMS)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    weight, mean = _weight(layer), norm.running_mean.double()
+    scale = (norm.running_var.double() + norm.eps).rsqrt()
+    if norm.weight is not None:
+        scale = scale * norm.weight.double()
+    bias = -mean if layer.bias is None else layer.bias.double() - mean
+    bias = bias * scale
+    if norm.bias is not None:
+        bias = bias + norm.bias.double()
+    if isinstance(layer, TRANSPOSED):  # (in, out / groups, *): the groups of in are those of out
+        groups = layer.groups
+        parts = weight.double().reshape(groups, -1, *weight.shape[1:])
+        scales = scale.reshape(groups, 1, -1, *[1] * (weight.ndim - 2))
+        folded = (parts * scales).flatten(0, 1)
+    else:
+        folded = weight.double() * scale.reshape(-1, *[1] * (weight.ndim - 1))
+    layer.weight = nn.Parameter(folded.to(weight.dtype), weight.requires_grad)
+    layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
+
+
+def _apart(module: nn.Module) -> nn.Module:
+    """One of our layers with BatchNorm as its layer, folded, and its activation."""
+    names = layers.fused_parts(module)
+    assert names is not None
+    layer, norm = (getattr(module, name) for name in names)
+    if norm.running_mean is None or any(map(classes.is_hooked, (module, layer, norm))):
+        return module
+    _fold(layer, norm)
+    folded = _Folded(norm, layer)
+    if isinstance(layer, nn.Linear):  # whose statistics are over all leading axes
+        folded = _Anywhere(norm, layer)
+    return nn.Sequential(OrderedDict(zip(names, (layer, folded), strict=True))).eval()
+
+
+class _Anywhere(_Folded):
+    """The same after a LinearBatchNorm, for which the last axis is the channels'."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ACTIVATIONS[self.activation](input)
+
+
+def _weight(layer: nn.Module) -> Tensor:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _replace(owner: nn.Module, name: str, module: nn.Module) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(owner.get_submodule(parent), last, module)
