@@ -153,6 +153,23 @@ def test_every_result_is_judged(backend):
             assert finding.torchs is not None
 
 
+@pytest.mark.parametrize("values", ["mean 1e4, std 1e-2", "all equal", "outliers"])
+@pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "layer_norm"])
+def test_long_rows(backend, operation, values):
+    """A sum of 70001 squares, none of which takes from another."""
+    case = RowCase(operation, (2, 70001), values=values)
+    assert not [finding for finding in examine(case, backend) if finding.wrong]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("layout", ["channels_last", "sliced", "strided"])
+def test_bias_of_instance_norm_in_16_bits(backend, layout, training):
+    """Its gradient is float32, and no 16-bit sum."""
+    for dtype in (torch.bfloat16, torch.float16):
+        case = ChannelCase("instance_norm", (4, 6, 9, 11), dtype, layout, training=training)
+        assert not [finding for finding in examine(case, backend) if finding.wrong]
+
+
 # What a run leaves.
 
 

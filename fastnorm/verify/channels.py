@@ -56,9 +56,7 @@ class ChannelCase(Case):
         }
         weight, bias = tensors["weight"], tensors["bias"]
         if self.operation == "group_norm":
-            y = FF.group_norm(
-                tensors["input"], self.num_groups, weight, bias, self.eps, **options
-            )
+            y = FF.group_norm(tensors["input"], self.num_groups, weight, bias, self.eps, **options)
         else:
             y = getattr(FF, self.operation)(
                 tensors["input"], *(tensors[n] for n in BUFFERS), weight, bias,
@@ -82,7 +80,9 @@ class ChannelCase(Case):
         x, weight, bias = (tensors[n] for n in ("input", "weight", "bias"))
         last = (tensors.get("residual"), self.activation)
         if self.operation == "group_norm":
-            return {"y": reference.group_norm(x, self.num_groups, weight, bias, self.eps, *last)}, {}
+            return {
+                "y": reference.group_norm(x, self.num_groups, weight, bias, self.eps, *last)
+            }, {}
         formula = getattr(reference, self.operation)
         y, *buffers = formula(
             x, *(tensors[n] for n in BUFFERS), weight, bias, self.training, MOMENTUM, self.eps,
