@@ -155,10 +155,11 @@ def test_every_result_is_judged(backend):
 
 @pytest.mark.parametrize("values", ["mean 1e4, std 1e-2", "all equal", "outliers"])
 @pytest.mark.parametrize("operation", ["rms_norm", "add_rms_norm", "layer_norm"])
-def test_long_rows(backend, operation, values):
+def test_long_rows_on_the_eager_path(operation, values):
     """A sum of 70001 squares, none of which takes from another."""
     case = RowCase(operation, (2, 70001), values=values)
-    assert not [finding for finding in examine(case, backend) if finding.wrong]
+    with fastnorm.use_backend("eager"):
+        assert not [finding for finding in examine(case, CPU) if finding.wrong]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
@@ -405,7 +406,7 @@ def test_a_backend_that_cannot_serve(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fastnorm.backend, "_has_triton", lambda: False)
     assert main(["verify", "--device", "cpu", "--backend", "triton"]) == 2
-    out, err = capsys.readouterr()
+    err = capsys.readouterr().err
     assert err.startswith("fastnorm verify: argument --backend: ")
     assert "triton is not installed" in err
     assert list(tmp_path.iterdir()) == []

@@ -25,10 +25,10 @@ from fastnorm.verify.judge import Finding
 from fastnorm.verify.run import Examined, Summary, examined, left_out, summaries
 
 CONTRACT = (
-    "The contract: an error of at most twice torch.nn's own in that dtype, or a few roundings; NaN "
-    "and infinities where torch.nn has them; the same bits on every call. Errors are the largest of "
-    "a tensor, relative to its largest element. Each row shows the result that uses up most of what "
-    "is allowed."
+    "The contract: an error of at most twice torch.nn's own in that dtype, or a few roundings; "
+    "NaN and infinities where torch.nn has them; the same bits on every call. Errors are the "
+    "largest of a tensor, relative to its largest element. Each row shows the result that uses up "
+    "most of what is allowed."
 )
 SHOWN = 20
 """Broken results that the terminal lists."""
@@ -38,8 +38,9 @@ def parser() -> Parser:
     """The options of `fastnorm verify`."""
     options = Parser(
         "fastnorm verify",
-        "Compares output, every gradient and running statistics of every operation, dtype, layout, "
-        "mode and activation, on normal and adversarial inputs, with float64's and with torch.nn's. "
+        "Compares output, every gradient and running statistics of every operation, dtype, "
+        "layout, mode and activation, on normal and adversarial inputs, with float64's and with "
+        "torch.nn's. "
         "Ends with status 1 where an error is larger than the contract allows.",
     )
     options.option("--device", device_choice(), default="auto", help="where to run")

@@ -101,7 +101,8 @@ def _squares(x: Tensor, out: Tensor) -> Tensor:
     """
     rows, size = x.shape
     if size <= BLOCK:
-        return torch.linalg.vector_norm(x, dim=1, keepdim=True, out=out).square_()
+        norm: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, out=out)
+        return norm.square_()
     whole = size // BLOCK * BLOCK
     blocks = torch.linalg.vector_norm(x[:, :whole].reshape(rows, -1, BLOCK), dim=2)
     torch.sum(blocks.square_(), 1, keepdim=True, out=out)

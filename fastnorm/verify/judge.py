@@ -1,15 +1,16 @@
 """The contract: our error is at most torch.nn's own in that dtype, or a few roundings.
 
-    allowed = max( 2 · torch.nn's error,  ε_out · max|want|  +  8 ε · max size  +  k ε_in · typical )
+    allowed = max( 2 · torch.nn's error,
+                   ε_out · max|want|  +  8 ε · max size  +  k ε_in · typical size )
 
 `want` is float64's result of the very same, already rounded, inputs. ε_out is that of the result's
-dtype: one rounding at the store, one before. ε is that of the arithmetic, float32's or float64's; `size` is the
-sum of the magnitudes that were added up to give the result (Σ|dy x̂| for dγ), to which rounding
-errors are relative, whatever is left of them after cancelling. k tensors lie, rounded to the
-input's dtype, between torch.nn's layers where an activation, a sum or a product is fused here; the
-errors of n elements grow like √n in a sum of them, `typical` = max size / √n. 2 and 8 are for the
-order of roundings, which is not torch's. Errors are the largest over a tensor. Where `want` is NaN
-or infinite, or does not fit the dtype, ours is right where torch's is.
+dtype: a rounding at the store, and one before. ε is that of the arithmetic, float32's or float64's;
+`size` is the sum of the magnitudes that were added up to give the result (Σ|dy x̂| for dγ), to which
+rounding errors are relative, whatever is left of them after cancelling. k tensors lie, rounded to
+the input's dtype, between torch.nn's layers where an activation, a sum or a product is fused here;
+the errors of n elements grow like √n in a sum of them: typical size = max size / √n. 2 and 8 are
+for the order of roundings, which is not torch's. Errors are the largest over a tensor. Where `want`
+is NaN or infinite, or does not fit the dtype, ours is right where torch's is.
 """
 
 import math

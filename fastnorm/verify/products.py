@@ -1,6 +1,7 @@
 """Linear or convolution, batch norm and activation, by each algorithm."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,7 +12,8 @@ from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.verify import reference
 from fastnorm.verify.case import BUFFERS, MOMENTUM, Case, Stages, Tensors, compute_dtype
 
-REST = ("weight", "bias", "running_mean", "running_var", "norm_weight", "norm_bias")
+OPERANDS = ("input", "weight", "bias")
+NORM = (*BUFFERS, "norm_weight", "norm_bias")
 
 
 @dataclass(frozen=True)
@@ -55,41 +57,31 @@ class ProductCase(Case):
         sides = (side - self.kernel + 1 for side in self.shape[2:])
         return found | {"dy": draw.large((self.shape[0], features, *sides), device)}
 
+    def _arguments(self, tensors: Tensors, names: tuple[str, ...]) -> list[Any]:
+        return [*(tensors[name] for name in names), self.training, MOMENTUM, self.eps]
+
     def ours(self, tensors: Tensors) -> Tensors:
-        rest = (tensors[n] for n in REST)
+        arguments = self._arguments(tensors, (*OPERANDS, *NORM))
         if self.kernel:
-            y = FF.conv_batch_norm(
-                tensors["input"], *rest, self.training, MOMENTUM, self.eps,
-                activation=self.activation,
-            )  # fmt: skip
-        else:
-            y = FF.linear_batch_norm(
-                tensors["input"], *rest, self.training, MOMENTUM, self.eps,
-                activation=self.activation, algorithm=self.algorithm,
-            )  # fmt: skip
+            return {"y": FF.conv_batch_norm(*arguments, activation=self.activation)}
+        y = FF.linear_batch_norm(*arguments, activation=self.activation, algorithm=self.algorithm)
         return {"y": y}
 
     def torchs(self, tensors: Tensors) -> Tensors:
-        z = self._product(*(tensors[n] for n in ("input", "weight", "bias")))
-        z = F.batch_norm(
-            z, *(tensors[n] for n in (*BUFFERS, "norm_weight", "norm_bias")),
-            self.training, MOMENTUM, self.eps,
-        )  # fmt: skip
+        z = F.batch_norm(self._product(tensors), *self._arguments(tensors, NORM))
         return {"y": ACTIVATIONS[self.activation](z)}
 
     def reference(self, tensors: Tensors) -> tuple[Tensors, Tensors]:
-        product = self._product(*(tensors[n] for n in ("input", "weight", "bias")))
-        y, *buffers = reference.batch_norm(
-            product, *(tensors[n] for n in (*BUFFERS, "norm_weight", "norm_bias")),
-            self.training, MOMENTUM, self.eps, None, self.activation,
-        )  # fmt: skip
+        arguments = [*self._arguments(tensors, NORM), None, self.activation]
+        y, *buffers = reference.batch_norm(self._product(tensors), *arguments)
         return {"y": y}, {n: t for n, t in zip(BUFFERS, buffers, strict=True) if t is not None}
 
     def settled(self, want: Tensors) -> Tensors:
         """In training the mean takes the bias away: its gradient is zero, whatever the input."""
         return want | ({"dbias": torch.zeros_like(want["dbias"])} if self.training else {})
 
-    def _product(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def _product(self, tensors: Tensors) -> Tensor:
+        x, weight, bias = (tensors[name] for name in OPERANDS)
         if self.kernel:
             return (F.conv1d, F.conv2d, F.conv3d)[x.ndim - 3](x, weight, bias)
         return F.linear(x, weight, bias)
@@ -100,13 +92,9 @@ class ProductCase(Case):
     def _axes(self) -> list[int]:
         return [0, *range(2, len(self.shape))]
 
-    def _products(self, tensors: Tensors) -> tuple[Tensor, Tensor]:
-        """The product, and the same of magnitudes."""
-        operands = [tensors[n] for n in ("input", "weight", "bias")]
-        return self._product(*operands), self._product(*(t.abs() for t in operands))
-
     def stages(self, tensors: Tensors) -> Stages:
-        product, size = self._products(tensors)
+        product = self._product(tensors)
+        size = self._product({name: tensors[name].abs() for name in OPERANDS})
         if self.training:
             mean = product.mean(self._axes(), keepdim=True)
             var = ((product - mean) ** 2).mean(self._axes(), keepdim=True)
@@ -121,9 +109,9 @@ class ProductCase(Case):
     def sizes(self, tensors: Tensors, stages: Stages) -> Tensors:
         g = tensors["dy"].abs()
         through = g * self._column(tensors["norm_weight"]).abs() * stages.rstd
-        leaves = {n: tensors[n].abs().requires_grad_() for n in ("input", "weight", "bias")}
+        leaves = {n: tensors[n].abs().requires_grad_() for n in OPERANDS}
         with torch.enable_grad():
-            product = self._product(*leaves.values())
+            product = self._product(leaves)
         gradients = torch.autograd.grad(product, list(leaves.values()), through)
         size = product.detach()
         moments = (size.mean(self._axes()), (size**2).mean(self._axes()))

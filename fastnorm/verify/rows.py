@@ -1,6 +1,7 @@
 """Layer norm and RMS norm, of an input or of a sum: the last axis is normalized."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,7 +51,7 @@ class RowCase(Case):
 
     def torchs(self, tensors: Tensors) -> Tensors:
         x = tensors["input"] + tensors["residual"] if self._adds else tensors["input"]
-        norm = F.layer_norm if self._centered else F.rms_norm
+        norm: Any = F.layer_norm if self._centered else F.rms_norm
         z = norm(x, self.shape[-1:], *self._parameters(tensors), eps=self.eps)
         y = ACTIVATIONS[self.activation](z)
         return {"y": y, "sum": x} if self._adds else {"y": y}
