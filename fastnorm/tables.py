@@ -54,6 +54,11 @@ def paragraph(words: str, kind: str = "") -> str:
     return f"<p{shown}>{html.escape(words)}</p>"
 
 
+def folded(words: str, inner: str) -> str:
+    """HTML that is opened by a click; `inner` is HTML."""
+    return f"<details><summary>{html.escape(words)}</summary>{inner}</details>"
+
+
 def picture(title: str, png: bytes) -> str:
     """HTML of an image that lies within the page."""
     data = base64.b64encode(png).decode()

@@ -35,6 +35,8 @@ COMMANDS = {
         "see on small networks what initialization and normalization do",
         needs=("rich", "matplotlib", "sklearn"),
     ),
+    "verify": Command("compare every operation with float64 on this device, and with torch.nn"),
+    "doctor": Command("say what is installed, which backend serves what, and what is amiss"),
 }
 
 

@@ -142,7 +142,7 @@ class Parser(argparse.ArgumentParser):
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
         known, unknown = self.parse_known_args(arguments)
         if unknown:
-            allowed = ", ".join((*self._values, *self._flags))
+            allowed = ", ".join((*self._values, *self._flags)) or "none"
             raise UsageError(f"argument {unknown[0]}: unknown (allowed: {allowed})")
         for name, value in self._values.items():
             if not name.startswith("-") and getattr(known, name.lower()) is None:

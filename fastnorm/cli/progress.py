@@ -1,14 +1,17 @@
 """Progress of long work: a bar on a terminal, a plain line at every tenth elsewhere."""
 
+from __future__ import annotations
+
+import importlib.util
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Column
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress as Bar
 
 
 class Progress(Protocol):
@@ -17,12 +20,25 @@ class Progress(Protocol):
     def advance(self, note: str = "") -> None: ...
 
 
+def console() -> Console | None:
+    """Of the standard error stream; None where rich is not installed."""
+    if importlib.util.find_spec("rich") is None:
+        return None
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
 @contextmanager
-def progress(title: str, total: int, console: Console) -> Iterator[Progress]:
-    """Shows `total` steps of work under `title` while the block runs."""
-    if not console.is_interactive:
+def progress(title: str, total: int, console: Console | None) -> Iterator[Progress]:
+    """Shows `total` steps of work under `title` while the block runs; without a console, lines."""
+    if console is None or not console.is_interactive:
         yield _Lines(title, total, console)
         return
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bar
+    from rich.table import Column
+
     with Bar(
         TextColumn("{task.description}"),
         BarColumn(bar_width=20),
@@ -46,7 +62,7 @@ class _Terminal:
 
 
 class _Lines:
-    def __init__(self, title: str, total: int, console: Console) -> None:
+    def __init__(self, title: str, total: int, console: Console | None) -> None:
         self._title, self._total, self._console = title, total, console
         self._done = 0
         self._start = time.perf_counter()
@@ -58,4 +74,7 @@ class _Lines:
             return
         share, seconds = self._done / self._total, time.perf_counter() - self._start
         line = f"{self._title} {share:4.0%}  {self._done}/{self._total}  {seconds:.0f} s  {note}"
-        self._console.print(line.rstrip(), soft_wrap=True, highlight=False, markup=False)
+        if self._console is None:
+            print(line.rstrip(), file=sys.stderr)
+        else:
+            self._console.print(line.rstrip(), soft_wrap=True, highlight=False, markup=False)

@@ -36,6 +36,8 @@ from fastnorm.eager.native import STEPS, aten
 SMALL = 1 << 13
 """Elements of a sample below which a call for each costs more than copies of all."""
 
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
+
 
 def instance_norm(
     input: Tensor,
@@ -51,10 +53,16 @@ def instance_norm(
 ) -> Tensor:
     """`act(instance_norm(input) + residual)` of arguments that the function has checked."""
     if not use_input_stats:
-        return batch_norm(
-            input, running_mean, running_var, weight, bias,
-            False, 0.0, eps, residual, activation, None,
-        )  # fmt: skip
+        arguments = (running_mean, running_var, weight, bias, False, 0.0, eps, residual, activation)
+        if (
+            bias is not None
+            and bias.requires_grad
+            and input.dtype in SIXTEEN_BITS
+            and not input.is_contiguous()
+        ):  # of other layouts torch adds dβ up in 16 bits
+            y = batch_norm(input.contiguous(), *arguments, None)
+            return y.contiguous(memory_format=suggest_memory_format(input))
+        return batch_norm(input, *arguments, None)
     weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
     if input.numel() == 0:
         return group_norm(input, input.shape[1], weight, bias, eps, residual, activation)
@@ -109,7 +117,7 @@ def _as_channels(
     dtype = torch.promote_types(input.dtype, torch.float32)  # gradients are added up over samples
     weight, bias = (None if t is None else t.to(dtype).repeat(N) for t in (weight, bias))
     y = batch_norm(
-        input.reshape(1, N * C, -1), mean, var, weight, bias,
+        input.reshape(1, N * C, -1).contiguous(), mean, var, weight, bias,
         True, 1.0, eps, None if residual is None else residual.reshape(1, N * C, -1), activation,
         None,
     )  # fmt: skip

@@ -31,13 +31,13 @@ def wide_stride(stride, ALIGN: tl.constexpr):
 
 @triton.jit
 def rows_of(tile, M, BLOCK_M: tl.constexpr):
-    row = tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     return row, row < M
 
 
 @triton.jit
 def columns_of(tile, N, BLOCK_N: tl.constexpr):
-    col = tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
+    col = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     return col, col < N
 
 
