@@ -15,6 +15,7 @@ else:
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # top to bottom; a file may import only from its own layer and those below
     "fastnorm.cli",
+    "fastnorm.bench",
     "fastnorm.signals",
     "fastnorm.init",
     "fastnorm.structure",

@@ -35,6 +35,10 @@ COMMANDS = {
         "see on small networks what initialization and normalization do",
         needs=("rich", "matplotlib", "sklearn"),
     ),
+    "bench": Command(
+        "time every operation against torch.nn, torch.compile and the peers that are installed",
+        needs=("rich", "matplotlib"),
+    ),
 }
 
 
