@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/gpu
 WORKERS ?= 2
 
-.PHONY: train test test-all check bench gpu traffic codegen clean
+.PHONY: train test test-all check bench results gpu traffic codegen clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,8 +28,11 @@ check: $(VENV)/.installed  ## style, types, tests
 	$(BIN)/mypy
 	$(MAKE) test
 
-bench: $(VENV)/.installed  ## time per call against torch.nn and torch.compile, on this machine
-	$(BIN)/pytest bench --benchmark-disable-gc
+bench: $(VENV)/.installed  ## every operation's time against torch.nn, torch.compile and peers
+	$(BIN)/fastnorm bench
+
+results: $(VENV)/.installed  ## README's results and bench/results/cpu.md, from bench/results
+	$(BIN)/python bench/render.py
 
 traffic: $(VENV)/.installed  ## bytes moved by every operation, over the minimum
 	$(BIN)/python bench/traffic.py --out bench/results/traffic.md

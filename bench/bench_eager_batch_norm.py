@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import GAUGE, compare, device_name, table, write_json
 from torch import Tensor
 
+from fastnorm.bench.harness import GAUGE, compare, device_name, table, write_json
 from fastnorm.eager import native
 from fastnorm.eager.native import aten, per_channel, reduce, scale_shift
 

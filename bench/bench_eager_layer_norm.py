@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from harness import GAUGE, compare, device_name, table, write_json
 from torch import Tensor
+
+from fastnorm.bench.harness import GAUGE, compare, device_name, table, write_json
 
 rms_norm = importlib.import_module("fastnorm.eager.rms_norm")  # the function hides its module
 EPS = 1e-6

@@ -18,11 +18,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families.linear_batch_norm import SHAPES
-from harness import GAUGE, compare, device_name, table, write_json
 from torch import Tensor
 
 import fastnorm
 import fastnorm.functional as FF
+from fastnorm.bench.harness import GAUGE, compare, device_name, table, write_json
 from fastnorm.kernels import cost
 from fastnorm.kernels.launch import Device
 

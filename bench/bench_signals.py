@@ -14,10 +14,10 @@ from typing import Any, cast
 
 import pytest
 import torch
-from harness import GAUGE, Comparison, compare, device_name, table, write_json
 from torch import Tensor, nn
 
 from fastnorm import signals
+from fastnorm.bench.harness import GAUGE, Comparison, compare, device_name, table, write_json
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = {

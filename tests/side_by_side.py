@@ -22,7 +22,9 @@ def near(got: Tensor, want: Tensor, name: str = "", steps: float = 2e4) -> None:
 
 def assert_same_training(ours: nn.Module, theirs: nn.Module, call: Call, steps: int = 2) -> None:
     """Outputs, gradients, buffers and parameters over some optimizer steps, then in evaluation."""
-    optimizers = [torch.optim.SGD(one.parameters(), lr=1e-2, momentum=0.9) for one in (ours, theirs)]
+    optimizers = [
+        torch.optim.SGD(one.parameters(), lr=1e-2, momentum=0.9) for one in (ours, theirs)
+    ]
     for step in range(steps):
         results = []
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [  # top to bottom; a file may import only from its own layer and those below
     "fastnorm.cli",
     "fastnorm.verify",
+    "fastnorm.bench",
     "fastnorm.signals",
     "fastnorm.init",
     "fastnorm.existing",

@@ -10,7 +10,7 @@ import torch
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm import backend
+from fastnorm import environment
 from fastnorm.cli import doctor, main
 
 ROOT = Path(__file__).parents[1]
@@ -78,7 +78,7 @@ def test_the_backend_that_was_asked_for(name, examined):
 def test_a_backend_that_cannot_be_had(examined, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("it can")
-    monkeypatch.setattr(backend, "_interpreting", lambda: False)
+    monkeypatch.setattr(environment, "interpreting", False)
     with fastnorm.use_backend("triton"):
         out = examined(status=1)
     assert "TRITON_INTERPRET=1" in remedy_of(out, "backend")
@@ -98,7 +98,7 @@ def test_a_gpu_that_serves(gpu, examined, monkeypatch):
 
 
 def test_a_gpu_without_triton(gpu, examined, monkeypatch):
-    monkeypatch.setattr(backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(environment, "has_triton", False)
     out = examined(status=1)
     assert "pip install 'triton" in remedy_of(out, "triton")
     assert "kernel cache" not in out

@@ -12,6 +12,7 @@ import torch
 
 import fastnorm
 import fastnorm.functional as FF
+from fastnorm import environment
 from fastnorm.cli import main, verify
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.verify import cases as listing
@@ -404,7 +405,7 @@ def test_bad_arguments_are_named(options, words, capsys, tmp_path, monkeypatch):
 
 def test_a_backend_that_cannot_serve(capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(fastnorm.backend, "_has_triton", lambda: False)
+    monkeypatch.setattr(environment, "has_triton", False)
     assert main(["verify", "--device", "cpu", "--backend", "triton"]) == 2
     err = capsys.readouterr().err
     assert err.startswith("fastnorm verify: argument --backend: ")

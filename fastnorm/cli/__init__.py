@@ -37,6 +37,10 @@ COMMANDS = {
     ),
     "verify": Command("compare every operation with float64 on this device, and with torch.nn"),
     "doctor": Command("say what is installed, which backend serves what, and what is amiss"),
+    "bench": Command(
+        "time every operation against torch.nn, torch.compile and the peers that are installed",
+        needs=("rich", "matplotlib"),
+    ),
 }
 
 

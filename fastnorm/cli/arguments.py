@@ -42,6 +42,35 @@ class Choice:
 
 
 @dataclass(frozen=True)
+class Several:
+    """Some of several words, separated by commas, or `none`."""
+
+    words: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        return f"none, or some of {', '.join(self.words)}, separated by commas"
+
+    def __call__(self, text: str) -> tuple[str, ...]:
+        chosen = () if text == "none" else tuple(dict.fromkeys(text.split(",")))
+        if not set(chosen) <= set(self.words):
+            raise _invalid(text)
+        return chosen
+
+
+@dataclass(frozen=True)
+class Text:
+    """Anything but nothing."""
+
+    allowed: str
+
+    def __call__(self, text: str) -> str:
+        if not text.strip():
+            raise _invalid(text)
+        return text
+
+
+@dataclass(frozen=True)
 class Whole:
     """A whole number from `low` to `high`."""
 

@@ -15,7 +15,7 @@ import torch
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm import backend, tables
+from fastnorm import environment, tables
 from fastnorm.cli.arguments import Parser
 from fastnorm.cli.environment import describe, versions
 from fastnorm.eager.activations import OUTPUT_GRADS
@@ -122,7 +122,7 @@ def _gpu(index: int) -> Line:
 
 def _triton() -> list[Line]:
     """Whether Triton can be imported, and build its launchers."""
-    if not backend._has_triton():
+    if not environment.has_triton:
         remedy = "pip install 'triton>=3.5'" if torch.cuda.is_available() else ""
         return [Line("triton", "not installed", remedy)]
     try:
@@ -161,7 +161,7 @@ def _headers() -> Line:
 
 def _cache() -> list[Line]:
     """Where Triton keeps what it compiled."""
-    if not backend._has_triton():
+    if not environment.has_triton:
         return []
     home = Path(os.environ.get("TRITON_HOME", Path.home()))
     folder = Path(os.environ.get("TRITON_CACHE_DIR", home / ".triton" / "cache"))
@@ -185,7 +185,7 @@ def _unwritable(folder: Path) -> str:
 
 def _choice() -> list[Line]:
     """FASTNORM_BACKEND, and whether it can be had here."""
-    name = backend._asked.name
+    name = environment.thread.name
     says = f"{name} (FASTNORM_BACKEND)" if "FASTNORM_BACKEND" in os.environ else name
     try:
         fastnorm.backend_for(torch.ones(1, device=_device()))
@@ -211,7 +211,7 @@ def _served() -> list[tuple[str, ...]]:
 
 def _reasons() -> list[str]:
     """Why, and what is served otherwise."""
-    device, name = _device(), backend._asked.name
+    device, name = _device(), environment.thread.name
     try:
         serving = fastnorm.backend_for(torch.ones(1, device=device))
     except RuntimeError as error:

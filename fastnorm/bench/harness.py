@@ -13,6 +13,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,22 +74,28 @@ def compare(
     device: torch.device | str = "cpu",
     rounds: int = 15,
     min_sample: float = 2e-3,
+    within: Mapping[str, Callable[[], AbstractContextManager[Any]]] | None = None,
 ) -> Comparison:
     """Time every candidate `rounds` times, interleaved, and relate each to `baseline`.
 
     Call number i of a sample gets `*inputs[i % len(inputs)]`: with several sets of buffers, none is
     in a cache when its turn comes. A sample repeats the call until the baseline has run for
     `min_sample` seconds, and all inputs have been used; all candidates run equally many calls.
+    A candidate named in `within` is called inside that context, whose own time does not count.
     """
     if baseline not in candidates:
         raise ValueError(f"baseline {baseline!r} is not one of the candidates {sorted(candidates)}")
-    sample = _sample_cuda if torch.device(device).type == "cuda" else _sample_cpu
+    timed = _sample_cuda if torch.device(device).type == "cuda" else _sample_cpu
     contestants = {**candidates, GAUGE: candidates[baseline]}
     names = list(contestants)
 
-    for call in contestants.values():  # compiles, fills the caches and the allocator
-        sample(call, inputs, 2 * len(inputs))
-    once = min(sample(candidates[baseline], inputs, len(inputs)) for _ in range(3))
+    def sample(name: str, calls: int) -> float:
+        with (within or {}).get(name, nullcontext)():
+            return timed(contestants[name], inputs, calls)
+
+    for name in names:  # compiles, fills the caches and the allocator
+        sample(name, 2 * len(inputs))
+    once = min(sample(baseline, len(inputs)) for _ in range(3))
     calls = max(len(inputs), math.ceil(min_sample / max(once, 1e-9)))
 
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -96,7 +103,7 @@ def compare(
         start = turn // 2 % len(names)
         order = names[start:] + names[:start]
         for name in order if turn % 2 == 0 else reversed(order):
-            seconds[name].append(sample(contestants[name], inputs, calls))
+            seconds[name].append(sample(name, calls))
 
     reference = seconds[baseline]
     timings = {
@@ -131,14 +138,15 @@ def _sample_cpu(call: Callable[..., object], inputs: Sequence[Sequence[Any]], ca
 
 def _sample_cuda(call: Callable[..., object], inputs: Sequence[Sequence[Any]], calls: int) -> float:
     """Seconds a call on the GPU, launches included where they are the longer."""
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
     for index in range(calls):
         call(*inputs[index % len(inputs)])
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1e3 / calls
+    seconds: float = start.elapsed_time(end) / 1e3
+    return seconds / calls
 
 
 def device_name(device: torch.device | str) -> str:

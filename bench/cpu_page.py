@@ -1,0 +1,158 @@
+"""bench/results/cpu.md: torch.nn's own norm layers on a CPU, each against fastnorm's.
+
+Three goals are judged, from one run: no layer slower than 0.97 of torch.nn's speed, beyond noise;
+calls that torch.nn serves in less than 20 µs within 1.3 times its time; and 1.5 times its speed, in
+the geometric mean, where torch's operator leaves something to gain.
+
+A goal that noise decides is not met by luck: noise is what torch.nn shows against itself, in the
+same rounds of the same case, and at least what it shows in nine of ten cases of the run.
+"""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from markdown import paragraph, table
+
+from fastnorm.cli.bench_groups import SMALL, geometric
+
+BASELINE, OURS = "torch.nn", "fastnorm"
+NORMS = (
+    "BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "GroupNorm",
+    "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "RMSNorm",
+)  # fmt: skip
+LEAST = 0.97
+SHORT, MOST_TIMES = 20e-6, 1.3
+GOAL = 1.5
+MEMORY_SPEED = 0.5
+"""Share of the rate of a plain copy from which an operator counts as running at memory speed."""
+
+Result = dict[str, Any]
+
+
+def norms(result: Result) -> list[Result]:
+    """The cases of layers that torch.nn has as they are."""
+    return [case for case in result["results"] if case["operation"] in NORMS]
+
+
+def ratios(case: Result) -> tuple[float, float]:
+    """Our speed over torch.nn's: of best times, and the median over rounds."""
+    cost = case["costs"][BASELINE]
+    return cost["speedup"], cost["median_speedup"]
+
+
+def run_noise(cases: Sequence[Result]) -> float:
+    """What torch.nn against itself does not exceed in nine of ten cases."""
+    return statistics.quantiles([case["noise"] for case in cases], n=10)[-1]
+
+
+def slower(cases: Sequence[Result]) -> list[Result]:
+    """Those below LEAST by more than noise, of best times and of medians."""
+    common = run_noise(cases)
+    return [case for case in cases if max(ratios(case)) < LEAST - max(case["noise"], common)]
+
+
+def short(cases: Iterable[Result]) -> list[Result]:
+    return [case for case in cases if case["costs"][BASELINE]["best_s"] < SHORT]
+
+
+def operators(cases: Iterable[Result]) -> dict[tuple[str, ...], list[Result]]:
+    """By what torch computes in one way: layer, layout, dtype and pass; small calls left out."""
+    found: dict[tuple[str, ...], list[Result]] = {}
+    for case in cases:
+        if case["name"] != SMALL:
+            key = (case["operation"], case["layout"], case["dtype"], case["pass"])
+            found.setdefault(key, []).append(case)
+    return found
+
+
+def share(cases: Sequence[Result], name: str = BASELINE) -> float:
+    """Of the speed of a copy: the geometric mean over an operator's shapes."""
+    return geometric(case["costs"][name]["of_ceiling"] for case in cases)
+
+
+def verdict(result: Result) -> str:
+    """The goals, met or missed, in a list."""
+    cases = norms(result)
+    below = slower(cases)
+    named = "; ".join(f"{_name(case)} {max(ratios(case)):.2f}" for case in below) or "none"
+    calls = short(cases)
+    longest = min(calls, key=lambda case: max(ratios(case)))
+    found = operators(cases)
+    rest = [group for group in found.values() if share(group) < MEMORY_SPEED]
+    mean = geometric(geometric(max(ratios(case)) for case in group) for group in rest)
+    points = [
+        f"""Slower than {LEAST} of torch.nn's speed, beyond noise: {len(below)} of {len(cases)}
+        cases ({named}). Noise: {run_noise(cases):.1%} in nine of ten cases.""",
+        f"""Calls that torch.nn serves in less than {SHORT * 1e6:.0f} µs: {len(calls)}; the slowest
+        of ours takes {1 / max(ratios(longest)):.2f} times torch.nn's time ({_name(longest)}); the
+        goal is {MOST_TIMES} at most.""",
+        f"""Where torch's operator runs below {MEMORY_SPEED:.0%} of the speed of a copy,
+        {len(rest)} of {len(found)} operators, ours is {mean:.2f} times as fast in the geometric
+        mean; the goal is {GOAL}.""",
+    ]
+    return "\n".join(paragraph(point, "- ") for point in points)
+
+
+def _name(case: Result) -> str:
+    shape = "×".join(map(str, case["shape"]))
+    return f"{case['operation']} {shape} {case['layout']} {case['dtype']} {case['pass']}"
+
+
+def page(result: Result, machine: str) -> str:
+    """The whole file."""
+    cases = norms(result)
+    parts = [
+        "# torch.nn's norm layers on a CPU",
+        machine,
+        paragraph(f"""Remake with `fastnorm bench --device cpu --peers none --out bench/results/cpu`
+            and `make results`. Calls of both libraries take turns in one process, over buffers
+            larger than the cache, {result["arguments"]["rounds"]} rounds. Ratio: torch.nn's time
+            over fastnorm's, of best times, and in brackets the median over rounds. Noise: how far
+            torch.nn's ratio to itself is from 1, in the same rounds, the worse of the two ways.
+            Forward is in training, eval in evaluation, step is forward and backward."""),
+        "## Goals",
+        verdict(result),
+        "## Operators",
+        paragraph(f"""The share of a copy's speed ({_memory(result)}) at which torch and fastnorm
+            move the fewest bytes that the pass needs: the geometric mean over shapes, small calls
+            left out. An operator of torch that reaches {MEMORY_SPEED:.0%} counts as running at
+            memory speed already: it has no second pass over its input or output to save. Such
+            operators fastnorm calls as they are."""),
+        _operators(cases),
+        "## Every case",
+        _every(cases),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _memory(result: Result) -> str:
+    return f"{result['ceilings']['memory_bytes_per_s'] / 1e9:.1f} GB/s"
+
+
+def _operators(cases: Sequence[Result]) -> str:
+    rows = []
+    for key, group in operators(cases).items():
+        ratio = geometric(max(ratios(case)) for case in group)
+        told = "yes" if share(group) >= MEMORY_SPEED else "no"
+        rows.append(
+            [*key, f"{share(group):.0%}", f"{share(group, OURS):.0%}", f"{ratio:.2f}", told]
+        )
+    columns = ["layer", "layout", "dtype", "pass", "torch.nn", "fastnorm", "ratio"]
+    return table([*columns, "torch at memory speed"], rows, left=4)
+
+
+def _every(cases: Sequence[Result]) -> str:
+    common, below = run_noise(cases), slower(cases)
+    rows = []
+    for case in cases:
+        best, median = ratios(case)
+        rows.append([
+            case["operation"], "×".join(map(str, case["shape"])), case["layout"], case["dtype"],
+            case["pass"],
+            *(f"{case['costs'][name]['best_s'] * 1e6:,.1f}" for name in (BASELINE, OURS)),
+            f"{best:.2f} ({median:.2f})", f"{max(case['noise'], common):.1%}",
+            "slower" if case in below else "",
+        ])  # fmt: skip
+    columns = ["layer", "shape", "layout", "dtype", "pass", "torch.nn µs", "fastnorm µs"]
+    return table([*columns, "ratio", "noise", ""], rows, left=5)

@@ -1,0 +1,159 @@
+"""Put measured results into README.md and bench/results/cpu.md; no number there is typed by hand.
+
+`python bench/render.py` (`make results`) reads what `fastnorm bench` left under bench/results, a
+folder a device, and the reports of `make traffic` and `make codegen`. README has the block between
+its two markers, and tests/test_results.py holds both files to what this gives.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import cpu_page
+from markdown import paragraph, table
+
+from fastnorm.cli.bench_groups import geometric, groups, others, speedups
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+BEGIN, END = "<!-- results: made by `make results` -->", "<!-- results: end -->"
+PACKAGES = ("torch", "triton")
+
+
+def benchmarks() -> dict[Path, dict[str, Any]]:
+    """What `fastnorm bench` left, by its folder: GPUs first."""
+    found = {}
+    for path in sorted(RESULTS.glob("**/result.json")):
+        result = json.loads(path.read_text("utf-8"))
+        if result["command"] == "bench":
+            found[path.parent] = result
+    return dict(sorted(found.items(), key=lambda item: item[1]["machine"]["device"] == "cpu"))
+
+
+def machine(result: dict[str, Any]) -> str:
+    """Device, date, threads and versions, in a sentence."""
+    versions = ", ".join(
+        f"{name} {result['versions'][name]}"
+        for name in (*PACKAGES, "python")
+        if result["versions"].get(name)
+    )
+    found = result["machine"]
+    threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+    return f"{found['name']}, {found['system']}{threads}; {result['date']}; {versions}."
+
+
+def device(folder: Path, result: dict[str, Any]) -> list[str]:
+    """A device's table and plots."""
+    names = others(result)
+    pairs = [(other, kind) for other in names for kind in ("forward", "step")]
+    rows = []
+    for name, cases in groups(result["results"]).items():
+        means = [
+            geometric(speedups([c for c in cases if (c["pass"] == "step") == (kind == "step")], n))
+            for n, kind in pairs
+        ]
+        rows.append([name, str(len(cases)), *(f"{m:.2f}" if m == m else "–" for m in means)])
+    place = folder.relative_to(ROOT)
+    copies = f"{result['ceilings']['memory_bytes_per_s'] / 1e9:.1f} GB/s"
+    return [
+        f"### {result['machine']['name']}",
+        paragraph(f"""{machine(result)} Copies run at {copies} here. Speed of fastnorm over each
+            library's: geometric means over shapes, layouts and dtypes; their calls take turns in
+            one process, over buffers larger than the cache. Peers absent:
+            {", ".join(result["absent"]) or "none"}."""),
+        table(["", "cases", *map(", ".join, pairs)], rows),
+        f"![Speed-up by operation]({place}/speedup.png)",
+        f"![Bandwidth over size]({place}/bandwidth.png)",
+    ]
+
+
+def table_rows(path: Path, section: str = "") -> list[dict[str, str]]:
+    """The rows of the first table after the heading `section`, by column."""
+    text = path.read_text("utf-8")
+    text = text[text.index(f"## {section}\n") :] if section else text
+    lines = text[text.index("\n|") :].split("\n\n")[0].strip().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines]
+    return [dict(zip(cells[0], row, strict=True)) for row in cells[2:]]
+
+
+def traffic() -> list[str]:
+    """By family: the largest ratio of bytes moved to the fewest, forward and backward."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for row in table_rows(RESULTS / "traffic.md"):
+        family = found.setdefault(row["case"].split(", ")[0], {"forward": [], "backward": []})
+        family[row["direction"]].append(float(row["ratio"]))
+    rows = [
+        [name, str(len(by["forward"])), *(f"{max(ratios):.3f}" for ratios in by.values())]
+        for name, by in found.items()
+    ]
+    return [
+        "### Bytes moved",
+        paragraph("""Counted in Triton's interpreter: distinct bytes that all launches of a pass
+            load and store, over the fewest that its mathematics needs; the largest ratio of the
+            operation's cases. Every case:
+            [bench/results/traffic.md](bench/results/traffic.md)."""),
+        table(["operation", "cases", "forward", "backward"], rows),
+    ]
+
+
+def codegen() -> list[str]:
+    """By target: how many kernels, their registers, spills, and the widths of their accesses."""
+    path = RESULTS / "codegen.md"
+    rows = []
+    for target in re.findall(r"^## (\w+)$", path.read_text("utf-8"), re.MULTILINE):
+        found = table_rows(path, target)
+        widths = [pair for row in found for pair in re.findall(r"(\d+)×(\d+)", row["widths"])]
+        wide = sum(int(count) for size, count in widths if size == "16")
+        rows.append([
+            target, str(len({row["kernel"] for row in found})), str(len(found)),
+            str(max(int(row["registers"]) for row in found)),
+            *(str(sum(int(row[what]) > 0 for row in found)) for what in ("spills", "stack")),
+            f"{wide / sum(int(count) for _, count in widths):.0%}",
+        ])  # fmt: skip
+    columns = ["target", "kernels", "specialisations", "most registers", "that spill"]
+    return [
+        "### Generated code",
+        paragraph("""Compiled without a device, for every launch of the benchmark's shapes. Last
+            column: the accesses to large tensors that are 16 bytes wide; odd sizes do not allow
+            it. Every kernel: [bench/results/codegen.md](bench/results/codegen.md)."""),
+        table([*columns, "with a stack", "16 bytes"], rows),
+    ]
+
+
+def block() -> str:
+    """README's results."""
+    found = benchmarks()
+    parts = [BEGIN]
+    if all(result["machine"]["device"] == "cpu" for result in found.values()):
+        parts.append(
+            paragraph("""No GPU figure is stated: none has been measured. Byte counts,
+            generated code and times on a CPU stand in for it.""")
+        )
+    for folder, result in found.items():
+        parts += device(folder, result)
+        if result["machine"]["device"] == "cpu":
+            page = "[bench/results/cpu.md](bench/results/cpu.md)"
+            parts += [f"torch.nn's own layers, one by one, in {page}:", cpu_page.verdict(result)]
+    return "\n\n".join([*parts, *traffic(), *codegen(), END])
+
+
+def readme() -> str:
+    """README.md with its block as it should be."""
+    text = (ROOT / "README.md").read_text("utf-8")
+    before, rest = text.split(BEGIN)
+    return before + block() + rest.split(END)[1]
+
+
+def pages() -> dict[Path, str]:
+    """Every file that is made here, as it should be."""
+    made = {ROOT / "README.md": readme()}
+    for result in benchmarks().values():
+        if result["machine"]["device"] == "cpu":
+            made[RESULTS / "cpu.md"] = cpu_page.page(result, machine(result))
+    return made
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, "utf-8")

@@ -1,0 +1,1 @@
+"""What `fastnorm bench` and `pytest bench/` share: layers, libraries, interleaved timing."""

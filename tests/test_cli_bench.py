@@ -1,0 +1,380 @@
+"""`fastnorm bench`: what it measures, writes and says, and how it ends."""
+
+import io
+import json
+import math
+import re
+import sys
+from contextlib import contextmanager
+from dataclasses import replace
+
+import pytest
+import torch
+
+import fastnorm
+from fastnorm.bench import ceilings, harness, libraries, shapes, suite
+from fastnorm.bench.layers import FORMATS, PASSES, Layer
+from fastnorm.cli import main
+from fastnorm.cli.bench_groups import geometric
+
+CPU = torch.device("cpu")
+REAL_LAYERS, REAL_MEASURE = shapes.layers, ceilings.measure
+LAYERS = [
+    Layer("small call", "BatchNorm1d", (4,), (8, 4), quick=True),
+    Layer("block", "BatchNorm2d", (4,), (2, 4, 6, 6), "channels_last", "relu", residual=True),
+    Layer("block", "GroupNorm", (2, 4), (2, 4, 6, 6), activation="silu"),
+    Layer("block", "InstanceNorm3d", (4,), (2, 4, 3, 4, 4), "channels_last_3d", quick=True),
+    Layer("hidden size", "RMSNorm", (16,), (6, 16)),
+    Layer("pre-norm", "AddLayerNorm", (16,), (6, 16), residual=True),
+    Layer("stage", "LinearBatchNorm", (8, 12), (32, 8), activation="relu"),
+    Layer("bottleneck", "Conv2dBatchNorm", (4, 6, 1), (2, 4, 5, 5), "channels_last", "relu"),
+]
+TOP = ceilings.Ceilings({1 << 20: 1e9, 1 << 28: 2e9}, {"float32": 1e10, "bfloat16": 4e10})
+
+
+@pytest.fixture(autouse=True)
+def _small(monkeypatch):
+    """Layers that take no time, below ceilings that were not measured."""
+    monkeypatch.setattr(shapes, "layers", lambda device: LAYERS)
+    monkeypatch.setattr(ceilings, "measure", lambda device, quick: TOP)
+    monkeypatch.setattr(suite, "cache_bytes", lambda device: 1 << 12)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run over all the small layers: (folder, what it printed, its progress)."""
+    folder = tmp_path_factory.mktemp("bench") / "results"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shapes, "layers", lambda device: LAYERS)
+        patch.setattr(ceilings, "measure", lambda device, quick: TOP)
+        patch.setattr(suite, "cache_bytes", lambda device: 1 << 12)
+        patch.setattr(sys, "stdout", io.StringIO())
+        patch.setattr(sys, "stderr", io.StringIO())
+        options = ["--peers", "none", "--rounds", "2", "--device", "cpu"]
+        assert main(["bench", *options, "--out", str(folder)]) == 0
+        return folder, sys.stdout.getvalue(), sys.stderr.getvalue()
+
+
+def case(layer=LAYERS[1], dtype=torch.float32, kind="step"):
+    return suite.Case(layer, dtype, kind)
+
+
+def refused(capsys, *options):
+    """The only line that a command with bad arguments prints."""
+    assert main(["bench", *options]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.startswith("fastnorm bench: ")
+    return err
+
+
+# What a finished run leaves.
+
+
+def test_json_has_every_case(finished):
+    folder, _, _ = finished
+    text = (folder / "result.json").read_text()
+    result = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
+    found = {
+        (r["kind"], tuple(r["shape"]), r["layout"], r["dtype"], r["pass"])
+        for r in result["results"]
+    }
+    wanted = {
+        (layer.kind, layer.shape, layer.layout, dtype, kind)
+        for layer in LAYERS
+        for dtype in ("float32", "bfloat16")
+        for kind in (PASSES if "BatchNorm" in layer.kind else PASSES[1:])
+    }
+    assert found == wanted
+    assert result["arguments"] == {"quick": False, "only": None, "rounds": 2}
+    assert result["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
+    assert result["machine"]["device"] == "cpu"
+    assert result["peers"] == []
+    assert result["absent"]["liger"] == "not installed"
+
+
+def test_json_numbers_agree(finished):
+    folder, _, _ = finished
+    result = json.loads((folder / "result.json").read_text())
+    for line in result["results"]:
+        ours, theirs = (line["costs"][name] for name in ("fastnorm", "torch.nn"))
+        assert set(line["costs"]) == {"fastnorm", "torch.nn"}
+        assert line["backend"] == "eager"
+        assert ours["speedup"] == ours["median_speedup"] == 1
+        assert theirs["speedup"] == pytest.approx(theirs["best_s"] / ours["best_s"])
+        least = max(
+            line["bytes"] / result["ceilings"]["memory_bytes_per_s"],
+            line["flops"] / result["ceilings"]["flop_per_s"][line["dtype"]],
+        )
+        assert ours["of_ceiling"] == pytest.approx(least / ours["best_s"])
+        assert ours["best_s"] <= ours["median_s"]
+        assert ours["launches"] is None
+        assert ours["peak_bytes"] > 0
+        assert line["noise"] >= 0
+
+
+def test_pictures_and_a_page_that_needs_no_other_file(finished):
+    folder, _, _ = finished
+    pictures = ["bandwidth.png", "roofline.png", "speedup.png"]
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == sorted([*pictures, "report.html", "result.json"])
+    for name in pictures:
+        assert (folder / name).read_bytes().startswith(b"\x89PNG\r\n")
+    page = (folder / "report.html").read_text("utf-8")
+    assert re.findall(r'src="([^"]{15})', page) == ["data:image/png;"] * 3
+    prose = re.sub(r'"data:image/png;base64,[^"]*"', "", page)
+    assert not re.search(r"https?:|href|<script|@import|url\(", prose)
+
+
+def test_what_is_printed(finished):
+    folder, out, err = finished
+    assert "Ceilings measured here: copies at 2 GB/s" in out
+    assert "Absent: liger (not installed)" in out
+    assert out.endswith(f"results in {folder}\n")
+    assert "block: GroupNorm + silu 2×4×6×6 contiguous" in out
+    assert err.splitlines()[-1].startswith("bench 100%  40/40")
+    assert "\x1b" not in out + err
+
+
+def test_quick_takes_one_dtype_of_the_chosen_layers(tmp_path):
+    folder = tmp_path / "results"
+    options = ["--quick", "--peers", "none", "--rounds", "1", "--device", "cpu"]
+    assert main(["bench", *options, "--only", "Norm", "--out", str(folder)]) == 0
+    result = json.loads((folder / "result.json").read_text())
+    found = [(line["kind"], line["dtype"], line["pass"]) for line in result["results"]]
+    assert found == [
+        (kind, "float32", step)
+        for kind in ("BatchNorm1d", "InstanceNorm3d")
+        for step in ("forward", "step")
+    ]
+
+
+# How it ends.
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--peers", "cudnn"], ["--peers", "'cudnn'", "compile", "quack"]),
+        (["--peers", "liger"], ["--peers", "liger: not installed", "none, compile"]),
+        (["--only", "Dropout"], ["--only", "'Dropout'"]),
+        (["--only", " "], ["--only", "' '"]),
+        (["--rounds", "0"], ["--rounds", "'0'", "1 to 10000"]),
+        (["--device", "tpu"], ["--device", "'tpu'"]),
+        (["--fast"], ["--fast", "--quick"]),
+    ],
+)
+def test_bad_arguments_end_with_one_line(tmp_path, capsys, options, named):
+    line = refused(capsys, *options, "--out", str(tmp_path / "results"))
+    assert all(word in line for word in named), line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_interpreter_is_not_timed(tmp_path, capsys):
+    with fastnorm.use_backend("triton"):
+        line = refused(capsys, "--device", "cpu", "--out", str(tmp_path / "results"))
+    assert "FASTNORM_BACKEND" in line
+
+
+def test_an_interrupted_run_leaves_nothing(tmp_path, capsys, monkeypatch):
+    done = []
+
+    def interrupted(one, *rest, measure=suite.measure, **options):
+        if len(done) == 2:
+            raise KeyboardInterrupt
+        done.append(one)
+        return measure(one, *rest, **options)
+
+    monkeypatch.setattr(suite, "measure", interrupted)
+    options = ["--peers", "none", "--rounds", "1", "--device", "cpu"]
+    assert main(["bench", *options, "--out", str(tmp_path / "a" / "results")]) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# Peers.
+
+
+class Twice(torch.nn.Module):
+    """Wrong by a factor."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, *tensors):
+        return 2 * self.norm(*tensors)
+
+
+def test_peers_are_checked_before_they_are_timed(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def within():
+        entered.append(True)
+        yield
+
+    def fails(layer):
+        raise RuntimeError("no such layout\nand more")
+
+    peers = {
+        "twin": libraries.Peer("torch", "torch", libraries.torch_nn, cpu=True, within=within),
+        "wrong": libraries.Peer(
+            "torch", "torch", lambda layer: Twice(libraries.torch_nn(layer)), cpu=True
+        ),
+        "broken": libraries.Peer("torch", "torch", fails, cpu=True),
+        "without": libraries.Peer("torch", "torch", lambda layer: None, cpu=True),
+    }
+    monkeypatch.setattr(libraries, "PEERS", peers)
+    found = suite.measure(case(), peers, CPU, TOP, rounds=2, again=False)
+    assert set(found.costs) == {"torch.nn", "fastnorm", "twin"}
+    assert found.refused["wrong"].startswith("differs from torch.nn by 1.0e+00")
+    assert found.refused["broken"] == "RuntimeError: no such layout"
+    assert "without" not in found.refused
+    assert len(entered) >= 4  # the check, the warm-up and each round
+
+
+def test_a_wrong_fastnorm_is_not_timed(monkeypatch):
+    monkeypatch.setattr(libraries, "ours", lambda layer: Twice(libraries.torch_nn(layer)))
+    with pytest.raises(AssertionError, match=r"fastnorm differs from torch\.nn by"):
+        suite.measure(case(), [], CPU, TOP, rounds=1)
+
+
+@pytest.mark.parametrize("name", libraries.PEERS)
+def test_a_peer_says_why_it_is_absent(name, monkeypatch):
+    peer = libraries.PEERS[name]
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda module: None)
+    assert peer.absence(CPU) == "not installed"
+    monkeypatch.setattr(libraries.importlib.util, "find_spec", lambda module: object())
+    assert peer.absence(CPU) == (None if name == "compile" else "needs a GPU")
+    assert peer.absence(torch.device("cuda")) is None
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+def test_torch_compile_takes_part():
+    for kind in ("forward", "step"):
+        found = suite.measure(case(kind=kind), ["compile"], CPU, TOP, rounds=1, again=False)
+        assert not found.refused
+        assert found.costs["compile"].best_s > 0
+
+
+# What is measured.
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_library_gets_the_same_layer(layer, dtype):
+    """Inputs in the layout, gradients of all of them and of as many parameters."""
+    for kind in layer.passes:
+        calls, inputs, _ = suite.prepare(case(layer, dtype, kind), [], CPU)
+        assert inputs[0][0].is_contiguous(memory_format=FORMATS[layer.layout])
+        one, other = (calls[name](*inputs[0]) for name in (suite.BASELINE, suite.OURS))
+        if isinstance(one, torch.Tensor):
+            one, other = [one], [other]
+        assert [t.dtype for t in one] == [t.dtype for t in other]
+        if kind == "step":
+            assert len(one) == 1 + layer.residual + len(
+                list(libraries.torch_nn(layer).parameters())
+            )
+
+
+@pytest.mark.parametrize(
+    ("layer", "kind", "passes"),
+    [
+        (Layer("", "BatchNorm2d", (64,), (32, 64, 56, 56)), "eval", 2),
+        (Layer("", "BatchNorm2d", (64,), (32, 64, 56, 56)), "forward", 3),
+        (Layer("", "BatchNorm2d", (64,), (32, 64, 56, 56)), "step", 8),
+        (Layer("", "BatchNorm1d", (64,), (32, 64)), "step", 5),
+        (
+            Layer("", "BatchNorm2d", (64,), (32, 64, 56, 56), "channels_last", "relu", True),
+            "step",
+            4 + 7,
+        ),
+        (Layer("", "GroupNorm", (32, 320), (2, 320, 16, 16)), "step", 5),
+        (Layer("", "InstanceNorm2d", (64,), (2, 64, 256, 256)), "step", 8),
+        (Layer("", "LayerNorm", (4096,), (64, 4096)), "step", 5),
+        (Layer("", "LayerNorm", (12288,), (64, 12288)), "step", 2 + 5),
+        (Layer("", "RMSNorm", (32768,), (64, 32768)), "step", 3 + 5),
+        (Layer("", "AddRMSNorm", (4096,), (64, 4096), residual=True), "step", 4 + 4),
+    ],
+)
+def test_fewest_bytes(layer, kind, passes):
+    """The table of the fewest bytes of each operation."""
+    size = math.prod(layer.shape)
+    assert layer.fewest_bytes(torch.float32, kind) == 4 * size * passes
+
+
+def test_fewest_bytes_and_flops_of_a_product():
+    layer = Layer("", "LinearBatchNorm", (64, 256), (1000, 64))
+    x, y = 64000, 256000
+    assert layer.fewest_bytes(torch.bfloat16, "forward") == 2 * (x + y)
+    assert layer.fewest_bytes(torch.bfloat16, "step") == 6 * (x + y)
+    assert layer.flops("step") - layer.flops("forward") == 2 * 2 * 1000 * 64 * 256 + 12 * y
+
+
+def test_buffers_outgrow_the_cache(monkeypatch):
+    size = LAYERS[1].fewest_bytes(torch.float32, "forward")
+    for cache, copies in ((size // 4, 1), (size, 2), (100 * size, suite.MOST_COPIES)):
+        monkeypatch.setattr(suite, "cache_bytes", lambda device, cache=cache: cache)
+        _, inputs, _ = suite.prepare(case(), [], CPU)
+        assert len(inputs) == copies
+
+
+def test_a_noisy_measurement_is_taken_again(monkeypatch):
+    taken = []
+
+    def compare(*args, real=harness.compare, **kwargs):
+        found = real(*args, **kwargs)
+        gauge = found.timings[harness.GAUGE]
+        ratio = (1.5, 1.01)[len(taken)]
+        found.timings[harness.GAUGE] = replace(gauge, ratio=ratio, median_ratio=1.0)
+        taken.append(ratio)
+        return found
+
+    monkeypatch.setattr(suite, "compare", compare)
+    assert suite.measure(case(), [], CPU, TOP, rounds=1).noise == pytest.approx(0.01)
+    assert taken == [1.5, 1.01]
+    taken.clear()
+    noisy = suite.measure(case(), [], CPU, TOP, rounds=1, again=False)
+    assert noisy.noise == pytest.approx(0.5)
+
+
+def test_layers_cover_every_norm_of_torch():
+    """Each in both layouts, where torch has two, and as a small call."""
+    found = REAL_LAYERS("cpu")
+    for kind, layouts in {
+        "BatchNorm1d": ("contiguous",),
+        "BatchNorm2d": ("contiguous", "channels_last"),
+        "BatchNorm3d": ("contiguous", "channels_last_3d"),
+        "GroupNorm": ("contiguous", "channels_last"),
+        "InstanceNorm1d": ("contiguous",),
+        "InstanceNorm2d": ("contiguous", "channels_last"),
+        "InstanceNorm3d": ("contiguous", "channels_last_3d"),
+        "LayerNorm": ("contiguous",),
+        "RMSNorm": ("contiguous",),
+    }.items():
+        plain = [layer for layer in found if layer.operation == kind]
+        assert {layer.layout for layer in plain} == set(layouts)
+        assert any(layer.name == "small call" for layer in plain)
+    kinds = {layer.kind for layer in found}
+    assert kinds >= {"AddLayerNorm", "AddRMSNorm", "LinearBatchNorm", "Conv2dBatchNorm"}
+    assert {layer.kind for layer in REAL_LAYERS("cuda")} == kinds
+    assert len({str(layer) for layer in found}) == len(found)
+
+
+def test_ceilings_are_this_machines(monkeypatch):
+    monkeypatch.setattr(ceilings, "SIZES", (1 << 16, 1 << 20))
+    monkeypatch.setattr(ceilings, "ORDER", {"cpu": 64})
+    monkeypatch.setattr(ceilings, "MIB", 1 << 14)  # 64 of them are the largest
+    found = REAL_MEASURE(CPU, True)
+    assert set(found.copy) == {1 << 17, 1 << 21}
+    assert found.memory == found.copy[1 << 21] > 1e6
+    assert all(rate > 1e6 for rate in found.products.values())
+
+
+def test_geometric_mean():
+    assert geometric([1, 4]) == pytest.approx(2)
+    assert math.isnan(geometric([]))
