@@ -63,7 +63,8 @@ class _Operators(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not func.is_view and not name.startswith(("empty", "new_empty")) and name != "detach":
-            for leaf in [*tree_leaves((args, kwargs)), *tree_leaves(result)]:
+            given = {k: v for k, v in (kwargs or {}).items() if k != "out"}  # which is the result
+            for leaf in [*tree_leaves((args, given)), *tree_leaves(result)]:
                 if isinstance(leaf, torch.Tensor):
                     self.bytes += leaf.numel() * leaf.element_size()
         return result

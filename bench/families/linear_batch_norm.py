@@ -11,6 +11,7 @@ from torch import Tensor
 
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
+from fastnorm.kernels.launch import assume, device_of
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,18 @@ class LinearBatchNormCase(Case):
     features: int = 0  # N
     training: bool = True
     algorithm: str = "gram"
+    joined: bool = False  # dX as a library's product, where the shape is too small for the model
 
     def words(self) -> list[str]:
-        return [*super().words(), self.algorithm, "train" if self.training else "eval"]
+        form = ["joined"] * self.joined
+        return [*super().words(), self.algorithm, *form, "train" if self.training else "eval"]
+
+    def forward_and_backward(
+        self, tensors: dict[str, Tensor], between: Callable[[], object] = lambda: None
+    ) -> None:
+        device = device_of(tensors["input"].device)
+        with assume(replace(device, cache=1e6) if self.joined else device):
+            super().forward_and_backward(tensors, between)
 
     def small_tensors(self) -> dict[str, tuple[int, ...]]:
         vectors = ("norm_weight", "norm_bias") if self.affine else ()
@@ -67,6 +77,8 @@ class LinearBatchNormCase(Case):
         gated = 1 if self.activation != "identity" else 0  # Y, of which the gate is a function
         again = 2 if self.training else 1  # X, for its Gram matrix; dY and Y always, for P and dX
         if self.algorithm == "gram":
+            if self.joined:  # P's, G's write; X's copy; the product of both
+                return again * x + 1, (1 + gated + x) + 1 + 2 * x * self.training + (1 + again * x)
             return again * x + 1, 2 * (1 + gated) + again * x + x
         z = 1 + 2  # written; read, and y written
         # dz from dy and z, in training twice, then the two products that torch makes of it
@@ -108,6 +120,9 @@ def small_cases() -> Iterator[Case]:
     yield replace(case, activation="identity", training=False)
     yield replace(case, algorithm="epilogue")
     yield replace(case, dtype=torch.float32)
+    wide = LinearBatchNormCase("wide", (2048, 32), features=128, joined=True)
+    yield wide
+    yield replace(wide, training=False)
     image = LinearBatchNormCase("image", (8, 16, 24, 24), features=64)
     yield image
     yield replace(image, layout="channels_last")
@@ -122,6 +137,8 @@ def option_cases() -> Iterator[Case]:
             if activation in OUTPUT_GRADS:
                 yield replace(mode, activation=activation)
             yield replace(mode, activation=activation, algorithm="epilogue")
+        for dtype in (torch.bfloat16, torch.float32):
+            yield replace(mode, dtype=dtype, shape=(4096, 33), features=41, joined=True)
         for dtype in (torch.float16, torch.float32, torch.float64):
             yield replace(mode, dtype=dtype, affine=False)
             yield replace(mode, dtype=dtype, shape=(8, 24, 9, 9))
