@@ -15,7 +15,7 @@ from fastnorm.ops import operators
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
-OPERATIONS = sorted(operators.__all__)
+OPERATIONS = sorted({*operators.__all__} - {"sync_batch_norm"})  # collectives are no operator
 HALF, DOUBLE = torch.bfloat16, torch.float64
 
 Arguments = tuple[Any, ...]
