@@ -198,7 +198,7 @@ def results_of_linear(rank: int, processes: int) -> dict[tuple[str, ...], Result
                         )  # fmt: skip
                         gradients = torch.autograd.grad(y, leaves, dy)
                     found[backend, algorithm, name] = {
-                        "y": y.detach(), "running_mean": mean, "running_var": var,
+                        "y": y.detach(), "by": type(y.grad_fn).__name__, "running_mean": mean, "running_var": var,
                         "collectives": list(collectives),
                     } | {f"d{n}": g for n, g in zip(LEAVES, gradients, strict=True)}  # fmt: skip
     return found

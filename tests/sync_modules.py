@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastnorm
+from fastnorm.functional.linear_batch_norm import LINEAR_ALGORITHMS
 
 STEPS = 3
 ACTIVATIONS = ("identity", "relu", "silu")
@@ -158,6 +159,40 @@ def second_derivatives(rank: int, processes: int) -> dict[Any, list[Tensor]]:
                     *(t.requires_grad_() for t in leaves), v, activation, dist.group.WORLD
                 )
     return found
+
+
+def linear_twice(rank: int, processes: int) -> dict[Any, list[Tensor]]:
+    """Second derivatives of each algorithm of the linear layer; the last part is empty."""
+    found = {}
+    for backend in ranks.backends():
+        with fastnorm.use_backend(backend):
+            for algorithm in LINEAR_ALGORITHMS:
+                *leaves, v = linear_leaves(rank, processes)
+                found[backend, algorithm] = of_linear(*leaves, v, algorithm, dist.group.WORLD)
+    return found
+
+
+def linear_leaves(rank: int, processes: int) -> list[Tensor]:
+    """x, weight, bias, norm_weight, norm_bias, dy and v; x, dy and v of this rank's part."""
+    generator = torch.Generator().manual_seed(4)
+    x, dy, v = torch.randn(3, 9, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    small = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    own = [t[9 * rank : 9 * (rank + 1)] if processes > 1 else t for t in (x, dy, v)]
+    leaves = [own[0], weight, *small, own[1]]
+    return [*(t.clone().requires_grad_() for t in leaves), own[2]]
+
+
+def of_linear(x, weight, bias, norm_weight, norm_bias, dy, v, algorithm, group):
+    y = fastnorm.functional.linear_batch_norm(
+        x, weight, bias, None, None, norm_weight, norm_bias, training=True, activation="tanh",
+        algorithm=algorithm, process_group=group,
+    )  # fmt: skip
+    leaves = (x, weight, bias, norm_weight, norm_bias)
+    first = torch.autograd.grad(y, leaves, dy, create_graph=True)
+    part = (first[0] * v).sum() + sum(g.sum() for g in first[1:])
+    wanted = (x, weight, norm_weight, norm_bias, dy)
+    return [*first, *torch.autograd.grad(part, wanted)]
 
 
 def twice(x, residual, weight, bias, dy, v, activation, group):

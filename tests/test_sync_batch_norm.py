@@ -26,11 +26,12 @@ def close(got, want, name=""):
 def test_two_processes(tmp_path):
     work = [
         sync_cases.results_of_cases, sync_cases.results_of_linear,
-        sync_modules.in_evaluation, sync_modules.second_derivatives,
+        sync_modules.in_evaluation, sync_modules.second_derivatives, sync_modules.linear_twice,
     ]  # fmt: skip
     results = ranks.run(2, work, tmp_path)
     check_cases(results)
     check_linear(results)
+    check_linear_twice(results)
     check_second_derivatives(results)
     for rank in results:
         assert rank["in_evaluation"] == {"same": True, "collectives": []}
@@ -100,6 +101,7 @@ def check_linear(results):
                     terms = 4 * want["y"].shape[0]
                     assert_close(got, tensor, terms, f"{key}, {where}", intermediate=size)
                 assert found[0]["dbias"].count_nonzero() == 0
+                assert ("Gram" in found[1]["by"]) == (algorithm == "gram"), where
                 for part in found:
                     assert part["collectives"] == ["all_gather", "all_reduce"], where
 
@@ -136,6 +138,19 @@ def check_second_derivatives(results):
                     got = torch.zeros_like(leaf) if parts[0] is None else torch.cat(parts)
                 wanted = torch.zeros_like(leaf) if want[i] is None else want[i]
                 close(got, wanted, f"{name}, {activation} on {backend}")
+
+
+def check_linear_twice(results):
+    """First and second derivatives of all algorithms, of which one has an empty part."""
+    *leaves, v = sync_modules.linear_leaves(0, 1)
+    want = sync_modules.of_linear(*leaves, v, "unfused", None)
+    own = (0, 5, 9)  # dx, and derivatives by x and dy; those by parameters are sums
+    for (backend, algorithm), found in results[0]["linear_twice"].items():
+        others = [rank["linear_twice"][backend, algorithm] for rank in results[1:]]
+        for i, tensor in enumerate(want):
+            parts = [found[i], *(other[i] for other in others)]
+            got = torch.cat(parts) if i in own else sum(parts)
+            close(got, tensor, f"{i}, {algorithm} on {backend}")
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """Linear + BatchNorm as a differentiable operation: views, saved tensors, casts. No arithmetic."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastnorm.distributed import gathered, summed
 from fastnorm.eager import native
 from fastnorm.eager.linear_batch_norm import (
     bias_gradient,
     differentiable_gradients,
+    differentiable_shared,
     product,
 )
 from fastnorm.eager.sync_batch_norm import count_batch
@@ -19,7 +22,7 @@ from fastnorm.kernels.launch import ChannelView, device_of
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.layout import channel_view, on_device_of
-from fastnorm.ops.sync_batch_norm import linear_sync_batch_norm
+from fastnorm.ops.sync_batch_norm import ProductFunction, sync_batch_norm
 
 
 class GramFunction(torch.autograd.Function):
@@ -43,11 +46,13 @@ class GramFunction(torch.autograd.Function):
         eps: float,
         activation: str,
         view: ChannelView,
+        group: Any = None,
     ) -> Tensor:
         with on_device_of(x):
             y, folded = kernels.gram_forward(
                 x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
                 training, momentum, eps, activation, view,
+                None if group is None else partial(gathered, group=group),
             )  # fmt: skip
         _changed(training, running_mean, running_var)
         ctx.save_for_backward(
@@ -56,6 +61,7 @@ class GramFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
         ctx.training, ctx.eps, ctx.activation, ctx.view = training, eps, activation, view
+        ctx.group = group
         return y
 
     @staticmethod
@@ -63,7 +69,12 @@ class GramFunction(torch.autograd.Function):
         x, y, weight, bias, norm_weight, norm_bias, *found = ctx.saved_tensors
         folded = kernels.Folded(*found)
         wanted = ctx.needs_input_grad[:5]
-        buffers_and_options = (None,) * 7
+        buffers_and_options = (None,) * 8
+        if native.is_differentiated(dy) and ctx.group is not None:
+            return *differentiable_shared(
+                (x, weight, norm_weight, norm_bias), wanted, folded.stats[4],
+                ctx.bias_like, ctx.eps, ctx.activation, ctx.group, dy,
+            ), *buffers_and_options  # fmt: skip
         if native.is_differentiated(dy):
             return *differentiable_gradients(
                 (x, weight, bias, norm_weight, norm_bias), wanted,
@@ -75,6 +86,7 @@ class GramFunction(torch.autograd.Function):
                 _laid_out(dy, ctx.view), x, y, weight, norm_weight, norm_bias,
                 None if ctx.bias_like is None else ctx.bias_like[1],
                 folded, ctx.activation, ctx.view, wanted,
+                None if ctx.group is None else partial(summed, group=ctx.group),
             )  # fmt: skip
         db = bias_gradient(db, wanted[2], ctx.bias_like)
         return dx, dw, db, dgamma, dbeta, *buffers_and_options
@@ -164,11 +176,8 @@ def linear_batch_norm(
     group: Any = None,
 ) -> Tensor:
     """`eager.linear_batch_norm` on Triton kernels."""
-    if group is not None:
-        return linear_sync_batch_norm(
-            input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
-            momentum, eps, activation, algorithm, num_batches_tracked, group,
-        )  # fmt: skip
+    if group is not None and torch.compiler.is_compiling():
+        algorithm = "unfused"
     x, view = channel_view(input)
     if algorithm == "auto":
         backward = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
@@ -182,8 +191,18 @@ def linear_batch_norm(
         buffers = tuple(None if b is None else b.contiguous() for b in buffers)
     elif any(b is not None and not b.is_contiguous() for b in buffers):
         algorithm = "unfused"  # moved in place, and the kernels know no strides of theirs
-    if weight.numel() == 0 or (algorithm == "epilogue" and not view.columns):
+    if weight.numel() == 0 or x.numel() == 0 or (algorithm == "epilogue" and not view.columns):
         algorithm = "unfused"
+    if group is not None and algorithm != "gram":
+        found = None
+        if algorithm == "epilogue":
+            z, *found = ProductFunction.apply(x, weight.contiguous(), bias, view)
+        else:
+            z = product(input, weight, bias, training)
+        return sync_batch_norm(
+            z, running_mean, running_var, norm_weight, norm_bias,
+            momentum, eps, None, activation, num_batches_tracked, group, found,
+        )  # fmt: skip
     if algorithm == "unfused":
         return batch_norm(
             product(input, weight, bias, training), running_mean, running_var, norm_weight,
@@ -203,5 +222,6 @@ def linear_batch_norm(
         eps,
         activation,
         view,
+        *(() if algorithm == "epilogue" else (group,)),
     )
     return y
