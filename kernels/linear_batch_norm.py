@@ -44,13 +44,12 @@ from fastnorm.kernels.linear_batch_norm_gram import (
     linear_batch_norm_fwd_gram_kernel,
     linear_batch_norm_fwd_gram_reduce_kernel,
 )
+from fastnorm.kernels.linear_batch_norm_shared import share
 from fastnorm.kernels.linear_batch_norm_small import (
     linear_batch_norm_bwd_fold_kernel,
     linear_batch_norm_bwd_products_kernel,
     linear_batch_norm_bwd_round_kernel,
     linear_batch_norm_fwd_fold_kernel,
-    linear_batch_norm_fwd_shared_fold_kernel,
-    linear_batch_norm_fwd_tell_kernel,
 )
 from fastnorm.kernels.products import (
     FOLD_COLUMNS,
@@ -67,7 +66,6 @@ from fastnorm.kernels.products import (
     product_block,
     product_plan,
 )
-from fastnorm.kernels.sync_batch_norm import finalize
 
 
 class Folded(NamedTuple):
@@ -79,8 +77,7 @@ class Folded(NamedTuple):
     sizes: Tensor  # (F,): max |α∘W| of each program of the fold
     flags: Tensor | None  # (F,): whether W cancels most of X, for 16 bits in training
     shift: Tensor | None  # (K,): what wider elements of X are less as they are loaded
-    # (): rows of all processes, where the statistics are theirs. Then stats is (5, N): centre − W x̄,
-    # var of this process, rstd, α, centre
+    # (): rows of all processes, where the statistics are theirs; stats is (5, N) then
     rows: Tensor | None = None
 
 
@@ -208,10 +205,11 @@ def gram_forward(
         x, weight, bias, norm_weight, norm_bias, *buffers, training, momentum, eps, view, shared
     )
     if gathered is not None:
-        folded = _share(
-            weight, bias, norm_weight, affine, folded, running_mean, running_var,
-            momentum, eps, B * S, gathered,
+        total = share(
+            weight, bias, norm_weight, affine, folded.stats, folded.sizes,
+            running_mean, running_var, momentum, eps, B * S, gathered,
         )  # fmt: skip
+        folded = folded._replace(rows=total)
     y = empty_rows(x, N, view)
     plan, tile = output_tiles(x, view, N, 256)
     act, _ = ACTIVATIONS[activation]
@@ -220,33 +218,6 @@ def gram_forward(
         ACT=act, PRECISION=precision(x.dtype), GROUP=GROUP, **tile, **aligns(view, N, K),
     )  # fmt: skip
     return y, folded
-
-
-def _share(
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    affine: Tensor,
-    folded: Folded,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-    rows: int,
-    gathered: Callable[[Tensor], Tensor],
-) -> Folded:
-    """Fold once more, with the statistics of all processes; into the same tensors."""
-    N, K = weight.shape
-    own = torch.empty(3 * N + 1, dtype=affine.dtype, device=affine.device)
-    linear_batch_norm_fwd_tell_kernel[(cdiv(N, FOLD_ROWS),)](
-        folded.stats, bias, own, float(rows), N, BLOCK_N=FOLD_ROWS, num_warps=1
-    )
-    stats, total = finalize(gathered(own), running_mean, running_var, momentum, eps)
-    linear_batch_norm_fwd_shared_fold_kernel[(cdiv(N, FOLD_ROWS),)](
-        weight, stats, bias, norm_weight, folded.stats, affine, folded.sizes, N, K,
-        BLOCK_N=FOLD_ROWS, BLOCK_K=FOLD_COLUMNS, ALIGN_K=divisor_class(K), num_warps=4,
-    )  # fmt: skip
-    return folded._replace(rows=total)
 
 
 def gram_backward(
@@ -300,17 +271,8 @@ def gram_backward(
     sums = None
     if folded.rows is not None:
         own = torch.empty((2, N), dtype=compute_dtype(x.dtype), device=x.device)
-        _fold_gradients(
-            p,
-            total,
-            weight,
-            folded,
-            (None, None, dgamma, dbeta, None, None),
-            own,
-            None,
-            B * S,
-            small,
-        )
+        first = (None, None, dgamma, dbeta, None, None)
+        _fold_gradients(p, total, weight, folded, first, own, None, B * S, small)
         outputs = (dw, None, None, None, aw, vectors)
         sums = summed(own) if summed is not None and joins else None
     if folded.rows is None or wants_dw or wants_dx:
