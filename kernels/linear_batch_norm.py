@@ -44,6 +44,7 @@ from fastnorm.kernels.linear_batch_norm_gram import (
     linear_batch_norm_fwd_gram_kernel,
     linear_batch_norm_fwd_gram_reduce_kernel,
 )
+from fastnorm.kernels.linear_batch_norm_shared import share
 from fastnorm.kernels.linear_batch_norm_small import (
     linear_batch_norm_bwd_fold_kernel,
     linear_batch_norm_bwd_products_kernel,
@@ -76,6 +77,8 @@ class Folded(NamedTuple):
     sizes: Tensor  # (F,): max |α∘W| of each program of the fold
     flags: Tensor | None  # (F,): whether W cancels most of X, for 16 bits in training
     shift: Tensor | None  # (K,): what wider elements of X are less as they are loaded
+    # (): rows of all processes, where the statistics are theirs; stats is (5, N) then
+    rows: Tensor | None = None
 
 
 def fixed_moments(folded: Folded, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -133,6 +136,7 @@ def _fold(
     momentum: float | Tensor,
     eps: float,
     view: ChannelView,
+    shared: bool,
 ) -> tuple[Tensor, Folded]:
     """(centre, α and β of what is computed in (3, N), what the backward needs)."""
     B, K, S = view[:3]
@@ -145,7 +149,7 @@ def _fold(
     folded = Folded(
         None,
         wide((N, K)) if training else None,
-        wide((4, N)),
+        wide((5 if shared else 4, N)),
         wide((F,)),
         torch.empty(F, dtype=torch.int32, device=x.device) if training and narrow else None,
         compute((K,)) if training and not narrow else None,
@@ -187,14 +191,25 @@ def gram_forward(
     eps: float,
     activation: str,
     view: ChannelView,
+    gathered: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Folded]:
-    """Return (y, folded): y (B, N, *) laid out as x (B, K, *), folded for the backward."""
+    """Return (y, folded): y (B, N, *) laid out as x (B, K, *), folded for the backward.
+
+    `gathered` makes (processes, n) of everybody's (n,), where the statistics are to be of all.
+    """
     B, K, S = view[:3]
     N = weight.shape[0]
+    shared = gathered is not None
+    buffers = (None, None) if shared else (running_mean, running_var)
     affine, folded = _fold(
-        x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
-        training, momentum, eps, view,
-    )  # fmt: skip
+        x, weight, bias, norm_weight, norm_bias, *buffers, training, momentum, eps, view, shared
+    )
+    if gathered is not None:
+        total = share(
+            weight, bias, norm_weight, affine, folded.stats, folded.sizes,
+            running_mean, running_var, momentum, eps, B * S, gathered,
+        )  # fmt: skip
+        folded = folded._replace(rows=total)
     y = empty_rows(x, N, view)
     plan, tile = output_tiles(x, view, N, 256)
     act, _ = ACTIVATIONS[activation]
@@ -217,19 +232,23 @@ def gram_backward(
     activation: str,
     view: ChannelView,
     wanted: tuple[bool, bool, bool, bool, bool],
+    summed: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dγ, dβ), None where not `wanted`; there is no dbias in training.
 
-    dy and y are laid out as x is.
+    dy and y are laid out as x is. `summed` adds up (2, N) over all processes, where the statistics
+    are theirs.
     """
     B, K, S = view[:3]
     N = weight.shape[0]
     training = folded.x_mean is not None
     wants_dx, wants_dw, wants_db, wants_dgamma, wants_dbeta = wanted
+    # who waits for the sums of this process: those of the other algorithms too
+    joins = summed is not None and (wants_dx or wants_dw or wants_db)
     wants_db = wants_db and not training
-    if not (wants_dx or wants_dw or wants_db or wants_dgamma or wants_dbeta):
+    if not joins and not (wants_dx or wants_dw or wants_db or wants_dgamma or wants_dbeta):
         return (None,) * 5
-    wants_p = wants_dw or wants_dgamma or (training and wants_dx)
+    wants_p = wants_dw or wants_dgamma or (training and wants_dx) or joins
     operands = (dy, y, x, folded.shift)
     options = {
         "GATE": OUTPUT_GRADS[activation], "PRECISION": precision(x.dtype), **aligns(view, N, K),
@@ -248,11 +267,16 @@ def gram_backward(
         "SHIFTED": folded.shift is not None, "BLOCK_K": FOLD_COLUMNS,
         "BLOCK_F": power_of_two(folded.sizes.numel()), "ALIGN_K": divisor_class(K), "num_warps": 4,
     }  # fmt: skip
-    linear_batch_norm_bwd_fold_kernel[(cdiv(N, FOLD_ROWS),)](
-        p, total, weight, folded.x_mean, folded.ws, folded.stats, folded.sizes,
-        dw, db, dgamma, dbeta, aw, vectors, float(B * S), N, K, folded.sizes.numel(),
-        BLOCK_N=FOLD_ROWS, **small,
-    )  # fmt: skip
+    outputs: tuple[Tensor | None, ...] = (dw, db, dgamma, dbeta, aw, vectors)
+    sums = None
+    if folded.rows is not None:
+        own = torch.empty((2, N), dtype=compute_dtype(x.dtype), device=x.device)
+        first = (None, None, dgamma, dbeta, None, None)
+        _fold_gradients(p, total, weight, folded, first, own, None, B * S, small)
+        outputs = (dw, None, None, None, aw, vectors)
+        sums = summed(own) if summed is not None and joins else None
+    if folded.rows is None or wants_dw or wants_dx:
+        _fold_gradients(p, total, weight, folded, outputs, None, sums, B * S, small)
     if aw is None:
         return None, dw, db, dgamma, dbeta
     parts, unit, offset, flag = _folded_for_input(x, weight, folded, vectors, small)
@@ -264,6 +288,25 @@ def gram_backward(
         GROUP=GROUP, BLOCK_F=small["BLOCK_F"], **tile, **options,
     )  # fmt: skip
     return dx, dw, db, dgamma, dbeta
+
+
+def _fold_gradients(
+    p: Tensor | None,
+    total: Tensor | None,
+    weight: Tensor,
+    folded: Folded,
+    outputs: tuple[Tensor | None, ...],
+    own: Tensor | None,
+    sums: Tensor | None,
+    rows: int,
+    small: dict[str, Any],
+) -> None:
+    N, K = weight.shape
+    linear_batch_norm_bwd_fold_kernel[(cdiv(N, FOLD_ROWS),)](
+        p, total, weight, folded.x_mean, folded.ws, folded.stats, folded.sizes,
+        *outputs, own, sums, folded.rows, float(rows), N, K, folded.sizes.numel(),
+        BLOCK_N=FOLD_ROWS, **small,
+    )  # fmt: skip
 
 
 def _folded_for_input(
