@@ -201,9 +201,9 @@ class InstanceNormFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dγ, dβ and dr."""
-    input, weight, _, mean, rstd = ctx.saved_tensors
+    input, weight, activated, mean, rstd = ctx.saved_tensors
     *wanted, for_residual = ctx.needs_input_grad[:4]
-    g = through_activation(ctx, dy)
+    g = through_activation(ctx.activation, dy, input, activated)
     dr = g if for_residual else None
     if not any(wanted):
         return None, None, None, dr
