@@ -1,8 +1,9 @@
-"""What people do to any nn.Module: autocast, checkpoints, hooks, meta tensors, processes, threads."""
+"""What people do to any nn.Module: autocast, checkpoints, hooks, meta, processes, threads."""
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -189,6 +190,19 @@ def test_checkpoint(backend, name, reentrant):
             torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@each_twin
+def test_second_gradients_through_a_checkpoint(backend, name):
+    twin = TWINS[name]
+    module = twin.both(backend, torch.float64)[0]
+    found = []
+    for checkpointed in (True, False):
+        x = twin.batch(backend, torch.float64).requires_grad_()
+        y = checkpoint(module, x, use_reentrant=False) if checkpointed else module(x)
+        (dx,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(dx.square().sum(), x)[0])
+    close(*found)
+
+
 @each_mode
 @each_twin
 def test_saved_tensors_hooks(backend, name, training):
@@ -219,3 +233,134 @@ def test_saved_tensors_hooks(backend, name, training):
     with torch.autograd.graph.save_on_cpu():
         y = twice(x)
     assert all(g.isfinite().all() for g in gradients(twice, y, x))
+
+
+# ---- modules without memory ----------------------------------------------------------------------
+@pytest.mark.unchecked  # whose torch.empty is none of those that torch.device knows
+@each_twin
+def test_deferred_initialization(name):
+    """Made on the meta device, given memory and a state dict: the module that was meant."""
+    twin = TWINS[name]
+    want = twin.both(torch.device("cpu"))[0]
+    with torch.device("meta"):
+        ours, theirs = twin.ours(), twin.theirs()
+    if theirs.state_dict().keys() >= {"running_mean"} and theirs.momentum is None:
+        theirs.momentum = 0.1  # lest torch asks the meta device for the count
+    assert all(t.is_meta for t in ours.state_dict().values())
+    for training in (True, False):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = twin.batch(torch.device("cpu")).to("meta", dtype).requires_grad_()
+            y, other = (m.to(dtype).train(training)(x) for m in (ours, theirs))
+            assert y.is_meta
+            assert (y.shape, y.dtype, y.stride()) == (other.shape, other.dtype, other.stride())
+            assert [g.shape for g in gradients(ours, y, x)] == [
+                t.shape for t in (x, *ours.parameters())
+            ]
+    ours = ours.float().to_empty(device="cpu").train()
+    ours.load_state_dict(want.state_dict())
+    x = twin.batch(torch.device("cpu"))
+    assert torch.equal(ours(x), want(x))
+    for got, buffer in zip(ours.buffers(), want.buffers(), strict=True):
+        assert torch.equal(got, buffer)
+
+
+@each_mode
+@each_twin
+def test_inference_mode(backend, name, training):
+    twin, found = TWINS[name], []
+    for module in twin.both(backend, torch.float64):
+        with torch.inference_mode():
+            y = module.train(training)(twin.batch(backend, torch.float64))
+            assert y.is_inference()
+        x = twin.batch(backend, torch.float64).requires_grad_()
+        found.append([y, *gradients(module, module(x), x), *module.buffers()])
+    for got, want in zip(*found, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+# ---- processes and threads -----------------------------------------------------------------------
+def _train_a_step(model: nn.Module, x: Tensor, answers: Any) -> None:
+    """In another process, which has only what came through the queue."""
+    with fastnorm.use_backend("eager"):
+        y = model(x)
+    y.square().sum().backward()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(parameter.grad, alpha=0.1)
+    answers.put([p.grad.tolist() for p in model.parameters()])
+
+
+def test_shared_memory_between_processes():
+    """Hogwild: what a process does to parameters and buffers is there in the other."""
+    twins = [t for name, t in TWINS.items() if name in ("BatchNorm1d", "LinearBatchNorm")]
+    context = torch.multiprocessing.get_context("spawn")
+    model = nn.ModuleList(t.both(torch.device("cpu"))[0] for t in twins).share_memory()
+    alone = copy.deepcopy(model)
+    assert all(t.is_shared() for t in model.state_dict().values())
+    answers = context.SimpleQueue()
+    for module, same, twin in zip(model, alone, twins, strict=True):
+        x = twin.batch(torch.device("cpu"))
+        process = context.Process(target=_train_a_step, args=(module, x, answers))
+        process.start()
+        process.join(120)
+        assert process.exitcode == 0
+        here = context.SimpleQueue()
+        _train_a_step(same, x, here)
+        torch.testing.assert_close(answers.get(), here.get(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(module.state_dict(), same.state_dict(), rtol=1e-5, atol=1e-5)
+
+
+@each_twin
+def test_threads(name):
+    """Forwards and backwards of one module at once, in evaluation, give what one gives."""
+    device, twin = torch.device("cpu"), TWINS[name]
+    module = twin.both(device)[0].eval()
+
+    def step(i: int) -> list[Tensor]:
+        with fastnorm.use_backend("eager"):
+            x = (twin.batch(device) * (i + 1)).requires_grad_()
+            y = module(x)
+        return [y.detach(), *gradients(module, y, x)]
+
+    want = [step(i) for i in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for i, got in enumerate(pool.map(step, [0, 1, 2, 3] * 8)):
+            assert all(map(torch.equal, got, want[i % 4]))
+
+
+def test_threads_that_train_their_own_replica():
+    """As nn.DataParallel's replicas do."""
+    device, twin = torch.device("cpu"), TWINS["LinearBatchNorm"]
+
+    def steps(seed: int) -> dict[str, Tensor]:
+        module = twin.both(device)[0]
+        for i in range(10):
+            module(twin.batch(device) + seed + i).square().sum().backward()
+        return module.state_dict() | {n: p.grad for n, p in module.named_parameters()}
+
+    want = [steps(i) for i in range(3)]
+    with ThreadPoolExecutor(3) as pool:
+        for got, other in zip(pool.map(steps, range(3)), want, strict=True):
+            assert all(torch.equal(got[name], t) for name, t in other.items())
+
+
+# ---- determinism ---------------------------------------------------------------------------------
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)  # and torch.empty is filled with NaN
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@each_mode
+@each_twin
+def test_deterministic_algorithms(backend, deterministic, name, training):
+    twin = TWINS[name]
+    results = []
+    for _ in range(2):
+        module = twin.both(backend)[0].train(training)
+        x = twin.batch(backend).requires_grad_()
+        y = module(x)
+        results.append([y, *gradients(module, y, x), *module.buffers()])
+    assert all(map(torch.equal, *results))
+    assert all(t.isfinite().all() for t in results[0])
