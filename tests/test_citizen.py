@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from twins import close, randomize
 
 import fastnorm
 import fastnorm.functional as FF
+from fastnorm.eager import native
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,49 @@ def test_autocast(backend, name, under):
                 torch.testing.assert_close(
                     got, want, rtol=step, atol=step, msg=lambda text, what=what: f"{what}: {text}"
                 )
+
+
+CASTS = {
+    "layer_norm": lambda x, r: FF.layer_norm(x, x.shape[2:], activation="gelu"),
+    "rms_norm": lambda x, r: FF.rms_norm(x, x.shape[2:]),
+    "group_norm": lambda x, r: FF.group_norm(x, 2, residual=r, activation="relu"),
+    "group_norm, rows": lambda x, r: FF.group_norm(x[..., 0], 1),
+    "add_layer_norm": lambda x, r: FF.add_layer_norm(x, r, x.shape[2:])[0],
+    "add_rms_norm": lambda x, r: FF.add_rms_norm(x, r, x.shape[2:], activation="silu")[0],
+}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter stands in for a GPU")
+@pytest.mark.parametrize("name", CASTS)
+def test_autocast_of_a_gpu_is_in_the_kernels(monkeypatch, name):
+    """Its float32 outputs are stored by the kernels: nothing is cast, before or after."""
+    from interpreter import trace
+
+    torch.manual_seed(0)
+    # eighths, so that 16 bits hold their sum
+    x, residual, dy = (torch.randint(-16, 17, (3, 4, 8)).bfloat16() / 8 for _ in range(3))
+
+    def run(dtype: torch.dtype) -> tuple[list[Tensor], list[str], bool]:
+        leaves = [t.to(dtype).requires_grad_() for t in (x, residual)]
+        with fastnorm.use_backend("triton"), trace() as launches, profile() as profiled:
+            y = CASTS[name](*leaves)
+        assert y.dtype is torch.float32
+        gradient = dy[..., : y.shape[-1] if y.ndim == 3 else 1].reshape(y.shape).float()
+        found = torch.autograd.grad(y, leaves, gradient, allow_unused=True)
+        kept = [t for t in (y, *found) if t is not None]
+        assert all(g.dtype is dtype for g in kept[1:])
+        cast = any(event.key == "aten::_to_copy" for event in profiled.key_averages())
+        return kept, [launch.kernel for launch in launches], cast
+
+    want, launches, _ = run(torch.float32)
+    wider = {torch.bfloat16: torch.float32}
+    monkeypatch.setattr(native, "output_dtype", lambda t, *_: wider.get(t.dtype, t.dtype))
+    got, same, cast = run(torch.bfloat16)
+    assert same == launches
+    assert not cast
+    torch.testing.assert_close(got[0], want[0], rtol=1e-6, atol=1e-6)
+    for mine, other in zip(got[1:], want[1:], strict=True):
+        torch.testing.assert_close(mine, other.bfloat16(), rtol=0.01, atol=0.01)
 
 
 @each_twin

@@ -76,7 +76,7 @@ def group_norm(
     ):
         z = torch.group_norm(input, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
         return z if activation == "identity" else ACTIVATIONS[activation](z)
-    y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
+    y_dtype = native.output_dtype(input, residual)
     input, weight, bias = prepared(input, weight, bias, residual, activation)
     plain = not input.is_cpu or torch.compiler.is_compiling() or native.observed(input)
     if plain or input.numel() == 0 or (residual is not None and residual.dtype != input.dtype):

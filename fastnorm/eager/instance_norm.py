@@ -87,6 +87,9 @@ def instance_norm(
         y = _as_channels(input, weight, bias, eps, residual, activation, statistics)
     else:
         y = group_norm(input, input.shape[1], weight, bias, eps, residual, activation)
+        if input.is_cuda:  # autocast does not list instance norm
+            other = input if residual is None else residual
+            y = y.to(torch.promote_types(input.dtype, other.dtype))
     if statistics is not None:
         for running, instances in zip((running_mean, running_var), statistics, strict=True):
             assert running is not None  # or there were no statistics
