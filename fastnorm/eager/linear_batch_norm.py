@@ -131,7 +131,8 @@ def _takes_gram(
         options = (rows.dtype, activation, cost.CPU, training, backward)
         if cost.choose(M, K, N, *options) != "gram":
             return False
-    return not native.observed(rows)
+    # gram asks its numbers for their size
+    return not (native.observed(rows) or rows.is_meta)
 
 
 def _blocks(N: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
@@ -269,7 +270,7 @@ def _forward(
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dW, db, dγ and dβ."""
-    x, _, weight, _, norm_weight, norm_bias, *kept = ctx.saved_tensors
+    x, y, weight, _, norm_weight, norm_bias, *kept = ctx.saved_tensors  # once: see checkpoint
     statistics = gram.Statistics(*kept)
     wants_dx, wants_dw, wants_db, wants_dgamma, wants_dbeta = ctx.needs_input_grad[:5]
     wants_db_sum = wants_db and not ctx.training
@@ -280,7 +281,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dw = db = dgamma = dbeta = dx = small = None
     shift = gram.shift_of(statistics, gram.compute_dtype(x.dtype))
     if wants_p or wants_dx or wants_dbeta or wants_db_sum:
-        dx, unit, p, total = _sweep(ctx, dy, alpha, shift, wants_p)
+        dx, unit, p, total = _sweep(ctx, dy, x, y, weight, statistics, alpha, shift, wants_p)
     if wants_p:
         rows = x.shape[0]
         sums = partial(summed, group=ctx.group) if joins else None
@@ -298,11 +299,17 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _sweep(
-    ctx: Any, dy: Tensor, alpha: Tensor, shift: Tensor | None, wants_p: bool
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    statistics: gram.Statistics,
+    alpha: Tensor,
+    shift: Tensor | None,
+    wants_p: bool,
 ) -> tuple[Tensor | None, float, Tensor, Tensor]:
     """(G α∘W in a unit, that unit, P, 1ᵀG): one pass over dY and Y."""
-    x, y, weight, _, _, _, *kept = ctx.saved_tensors
-    statistics = gram.Statistics(*kept)
     dtype = gram.compute_dtype(x.dtype)
     aw, unit = gram.folded_weight(weight, alpha, dtype)
     N, K = weight.shape
