@@ -1,5 +1,6 @@
 """The operators of torch.ops.fastnorm: schemas, fakes, gradients, and who gets to see them."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -261,3 +262,110 @@ def joined(operation: str, arguments: Arguments) -> Arguments:
     at = names.index("momentum")
     tensor, number = arguments[at : at + 2]
     return (*arguments[:at], number if tensor is None else tensor, *arguments[at + 2 :])
+
+
+# ---- what takes a GPU ----------------------------------------------------------------------------
+def layers() -> list[tuple[torch.nn.Module, Tensor]]:
+    """A layer of each family, and an input of it."""
+    layers = [
+        (fastnorm.BatchNorm2d(8, activation="relu"), torch.randn(4, 8, 7, 7)),
+        (fastnorm.BatchNorm1d(64, momentum=None), torch.randn(4096, 64)),
+        (fastnorm.GroupNorm(2, 8, activation="silu"), torch.randn(4, 8, 7, 7)),
+        (fastnorm.InstanceNorm2d(8, track_running_stats=True), torch.randn(4, 8, 7, 7)),
+        (fastnorm.LayerNorm(96), torch.randn(33, 96)),
+        (fastnorm.RMSNorm(96), torch.randn(33, 96)),
+        (fastnorm.LinearBatchNorm(32, 64), torch.randn(4096, 32)),
+    ]
+    return [(module.cuda(), x.cuda().requires_grad_()) for module, x in layers]
+
+
+def step(module: torch.nn.Module, x: Tensor, dy: Tensor) -> list[Tensor]:
+    y = module(x)
+    return [y, *torch.autograd.grad(y, [x, *module.parameters()], dy)]
+
+
+@pytest.mark.gpu
+def test_cuda_graphs():
+    """A step is captured, and replayed with other inputs: no synchronization, nothing left out.
+
+    Replays move the buffers too: with a cumulative average by a share that the device computes.
+    """
+    for module, x in layers():
+        plain = copy.deepcopy(module)
+        with torch.no_grad():
+            dy = torch.randn_like(plain.eval()(x))
+        plain.train()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # kernels are compiled before the capture
+            for _ in range(3):
+                step(module, x, dy)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step(module, x, dy)
+        module.load_state_dict(plain.state_dict())
+        for seed in range(3):
+            torch.manual_seed(seed)
+            with torch.no_grad():
+                x.copy_(torch.randn_like(x) * 2 + seed)
+                dy.copy_(torch.randn_like(dy))
+            graph.replay()
+            wanted = step(plain, x, dy)
+            torch.cuda.synchronize()
+            for one, other in zip(
+                [*captured, *module.buffers()], [*wanted, *plain.buffers()], strict=True
+            ):
+                torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+def test_no_synchronization():
+    """The host waits for nothing, forward or backward."""
+    for module, x in layers():
+        dy = torch.randn_like(module(x))
+        step(module, x, dy)  # compiles
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            step(module, x, dy)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_streams():
+    """Kernels go to the current stream: they see what it has computed, and it what they have."""
+    for module, x in layers():
+        plain = copy.deepcopy(module)
+        dy = torch.randn_like(copy.deepcopy(module)(x))
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)  # what is not on this stream would overtake it
+            late = (2 * x.detach() + 1).requires_grad_()
+            got = [*step(module, late, dy), *module.buffers()]
+            total = [t.double().sum() for t in got]
+        torch.cuda.current_stream().wait_stream(stream)
+        now = (2 * x.detach() + 1).requires_grad_()
+        expected = [*step(plain, now, dy), *plain.buffers()]
+        for one, other, sum_of_one in zip(got, expected, total, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0)
+            torch.testing.assert_close(sum_of_one, one.double().sum(), rtol=0, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_another_device_than_the_current_one():
+    """Kernels run where the tensors are, forward and backward, and leave the current device."""
+    for module, x in layers():
+        dy = torch.randn_like(copy.deepcopy(module)(x))
+        plain = copy.deepcopy(module)
+        there = copy.deepcopy(module).to("cuda:1")
+        far, far_dy = x.detach().to("cuda:1").requires_grad_(), dy.to("cuda:1")
+        assert torch.cuda.current_device() == 0
+        got = [*step(there, far, far_dy), *there.buffers()]
+        assert torch.cuda.current_device() == 0
+        for one, other in zip(got, [*step(plain, x, dy), *plain.buffers()], strict=True):
+            assert one.device == torch.device("cuda:1")
+            torch.testing.assert_close(one.cpu(), other.cpu(), rtol=0, atol=0)
