@@ -40,10 +40,9 @@ traffic: $(VENV)/.installed  ## bytes moved by every operation, over the minimum
 codegen: $(VENV)/.installed  ## registers, spills and vector widths of every kernel, on every target
 	$(BIN)/python bench/codegen.py --out bench/results/codegen.md
 
-gpu: $(VENV)/.installed  ## on a machine with a GPU: the gpu tests and the benchmarks, results in OUT
-	mkdir -p $(OUT)
-	$(BIN)/pytest -m gpu --junitxml=$(OUT)/tests.xml
-	$(BIN)/pytest bench --benchmark-json=$(OUT)/bench.json
+# A GPU's machine may be offline and has a torch of its own: the interpreter as it is, if no .venv is.
+gpu:  ## on a machine with a GPU: gpu tests, verify, bench, compute-sanitizer; results in OUT
+	$(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON)) bench/gpu.py --out $(OUT)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

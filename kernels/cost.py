@@ -68,18 +68,18 @@ def choose(
     *,
     columns: bool = True,
     precision: str = "ieee",
-    shared: bool = False,
 ) -> str:
     """ "gram", "epilogue" or "unfused".
 
     `backward`: a gradient will be asked for. `columns`: channels are innermost in memory.
     `precision`: how float32 may be multiplied. float64 does not take gram: its variance would have
-    fewer digits than torch's where W cancels a signal; nor does what is `shared` by processes.
+    fewer digits than torch's where W cancels a signal.
     """
     if 0 in (M, K, N):
         return "unfused"
-    from_output = activation in FROM_OUTPUT and not shared
-    return _choose(M, K, N, dtype, from_output, device, training, backward, columns, precision)
+    return _choose(
+        M, K, N, dtype, activation in FROM_OUTPUT, device, training, backward, columns, precision
+    )
 
 
 @functools.lru_cache(1024)

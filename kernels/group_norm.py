@@ -99,6 +99,7 @@ def forward(
     activation: str,
     view: ChannelView,
     num_groups: int,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return (y, stats): y laid out as x, stats (3, N·G) with the rows mean, rest, rstd.
 
@@ -108,7 +109,8 @@ def forward(
     plan, groups, tile, merge_grid, merge, dtype = _launch(x, view, num_groups)
     N, C, S, G, K = groups
     act, _ = ACTIVATIONS[activation]
-    y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    if y_dtype is None:
+        y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty_like(x, dtype=y_dtype)
     stats = torch.empty(3, N * G, dtype=dtype, device=x.device)
     std = None if running_mean is None else torch.empty(N * G, dtype=dtype, device=x.device)

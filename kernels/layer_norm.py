@@ -67,16 +67,18 @@ def forward(
     activation: str,
     center: bool,
     shape: Sequence[int],
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return (y, sum, stats): stats is (3, M) with the rows rstd, mean, rest, or rstd alone.
 
     There is a sum only with a residual; rows of x and residual may have any stride. y and the sum
     have `shape`, of M · N elements, and are no views, which autograd would not let anybody change.
+    Both have the promoted dtype of x and residual, unless y is given another.
     """
     M, N = x.shape
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    y = torch.empty(shape, dtype=dtype, device=x.device)
-    total = None if residual is None else torch.empty_like(y)
+    y = torch.empty(shape, dtype=y_dtype or dtype, device=x.device)
+    total = None if residual is None else torch.empty_like(y, dtype=dtype)
     stats = torch.empty(3 if center else 1, M, dtype=_compute_dtype(y), device=x.device)
     align = _align(N, x, residual)
     plan = row_plan(M, N, dtype.itemsize, align, device_of(x.device))

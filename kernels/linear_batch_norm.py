@@ -33,16 +33,14 @@ two, that keeps float16 from underflow; x̄ A is of the rounded A, so that the r
 the mean.
 """
 
-from functools import partial
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastnorm.kernels import cost
 from fastnorm.kernels.device.activations import ACTIVATIONS, OUTPUT_GRADS
 from fastnorm.kernels.launch import (
-    TILE_BYTES,
     ChannelView,
     cdiv,
     device_of,
@@ -51,23 +49,22 @@ from fastnorm.kernels.launch import (
 )
 from fastnorm.kernels.linear_batch_norm_bwd import (
     linear_batch_norm_bwd_input_kernel,
-    linear_batch_norm_bwd_join_kernel,
     linear_batch_norm_bwd_weight_kernel,
 )
 from fastnorm.kernels.linear_batch_norm_fwd import linear_batch_norm_fwd_kernel
-from fastnorm.kernels.linear_batch_norm_small import (
-    linear_batch_norm_bwd_fold_kernel,
-    linear_batch_norm_bwd_products_kernel,
-    linear_batch_norm_bwd_round_kernel,
+from fastnorm.kernels.linear_batch_norm_input import (
+    folded_for_input,
+    is_joined,
+    joined_operands,
 )
+from fastnorm.kernels.linear_batch_norm_shared import share
+from fastnorm.kernels.linear_batch_norm_small import linear_batch_norm_bwd_fold_kernel
 from fastnorm.kernels.linear_batch_norm_statistics import Folded as Folded
 from fastnorm.kernels.linear_batch_norm_statistics import fold_weight
 from fastnorm.kernels.products import (
     FOLD_COLUMNS,
     FOLD_ROWS,
     GROUP,
-    JOINED_LINE,
-    PIECES,
     aligns,
     compute_dtype,
     empty_rows,
@@ -98,14 +95,25 @@ def gram_forward(
     eps: float,
     activation: str,
     view: ChannelView,
+    gathered: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Folded]:
-    """Return (y, folded): y (B, N, *) laid out as x (B, K, *), folded for the backward."""
+    """Return (y, folded): y (B, N, *) laid out as x (B, K, *), folded for the backward.
+
+    `gathered` makes (processes, n) of everybody's (n,), where the statistics are to be of all.
+    """
     B, K, S = view[:3]
     N = weight.shape[0]
+    shared = gathered is not None
+    buffers = (None, None) if shared else (running_mean, running_var)
     affine, folded = fold_weight(
-        x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
-        training, momentum, eps, view,
-    )  # fmt: skip
+        x, weight, bias, norm_weight, norm_bias, *buffers, training, momentum, eps, view, shared
+    )
+    if gathered is not None:
+        total = share(
+            weight, bias, norm_weight, affine, folded.stats, folded.sizes,
+            running_mean, running_var, momentum, eps, B * S, gathered,
+        )  # fmt: skip
+        folded = folded._replace(rows=total)
     y = empty_rows(x, N, view)
     plan, tile = output_tiles(x, view, N, 256)
     act, _ = ACTIVATIONS[activation]
@@ -128,27 +136,31 @@ def gram_backward(
     activation: str,
     view: ChannelView,
     wanted: tuple[bool, bool, bool, bool, bool],
+    summed: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor | None, ...]:
     """Return (dx, dweight, dbias, dγ, dβ), None where not `wanted`; there is no dbias in training.
 
-    dy and y are laid out as x is.
+    dy and y are laid out as x is. `summed` adds up (2, N) over all processes, where the statistics
+    are theirs.
     """
     B, K, S = view[:3]
     N = weight.shape[0]
     training = folded.x_mean is not None
     wants_dx, wants_dw, wants_db, wants_dgamma, wants_dbeta = wanted
+    # who waits for the sums of this process: those of the other algorithms too
+    joins = summed is not None and (wants_dx or wants_dw or wants_db)
     wants_db = wants_db and not training
-    if not (wants_dx or wants_dw or wants_db or wants_dgamma or wants_dbeta):
+    if not joins and not (wants_dx or wants_dw or wants_db or wants_dgamma or wants_dbeta):
         return (None,) * 5
-    wants_p = wants_dw or wants_dgamma or (training and wants_dx)
+    wants_p = wants_dw or wants_dgamma or (training and wants_dx) or joins
     operands = (dy, y, x, folded.shift)
     options = {
         "GATE": OUTPUT_GRADS[activation], "PRECISION": precision(x.dtype), **aligns(view, N, K),
     }  # fmt: skip
     p = total = vectors = None
     h = matrix = None
-    if wants_dx and wants_p and _is_joined(x, view, N, training):
-        h, matrix = _joined(x, view, N, folded.x_mean)
+    if wants_dx and wants_p and is_joined(x, view, N, training):
+        h, matrix = joined_operands(x, view, N, folded.x_mean)
     if wants_p or wants_db or wants_dbeta:
         p, total = _gated_sums(operands, weight, view, wants_p, folded.sizes, h, options)
     if training and wants_dx:
@@ -164,14 +176,19 @@ def gram_backward(
         "SHIFTED": folded.shift is not None, "BLOCK_K": FOLD_COLUMNS,
         "BLOCK_F": power_of_two(folded.sizes.numel()), "ALIGN_K": divisor_class(K), "num_warps": 4,
     }  # fmt: skip
-    linear_batch_norm_bwd_fold_kernel[(cdiv(N, FOLD_ROWS),)](
-        p, total, weight, folded.x_mean, folded.ws, folded.stats, folded.sizes,
-        dw, db, dgamma, dbeta, aw, vectors, float(B * S), N, K, folded.sizes.numel(),
-        BLOCK_N=FOLD_ROWS, **small,
-    )  # fmt: skip
+    outputs: tuple[Tensor | None, ...] = (dw, db, dgamma, dbeta, aw, vectors)
+    sums = None
+    if folded.rows is not None:
+        own = torch.empty((2, N), dtype=compute_dtype(x.dtype), device=x.device)
+        first = (None, None, dgamma, dbeta, None, None)
+        _fold_gradients(p, total, weight, folded, first, own, None, B * S, small)
+        outputs = (dw, None, None, None, aw, vectors)
+        sums = summed(own) if summed is not None and joins else None
+    if folded.rows is None or wants_dw or wants_dx:
+        _fold_gradients(p, total, weight, folded, outputs, None, sums, B * S, small)
     if aw is None:
         return None, dw, db, dgamma, dbeta
-    rounded = _folded_for_input(x, weight, aw, folded, vectors, matrix, small)
+    rounded = folded_for_input(x, weight, aw, folded, vectors, matrix, small)
     dx = torch.empty_like(x)
     if h is not None and matrix is not None:
         # into a given tensor autocast leaves the operands' dtype alone
@@ -188,82 +205,23 @@ def gram_backward(
     return dx, dw, db, dgamma, dbeta
 
 
-class Rounded(NamedTuple):
-    """What dX takes in training besides α∘W."""
-
-    parts: Tensor | None = None  # (1 or 2, K, K): −A
-    unit: Tensor | None = None  # (): theirs over that of α∘W
-    offset: Tensor | None = None  # (K,)
-    flag: Tensor | None = None  # (): whether the second part counts
-    todo: Tensor | None = None  # (): whether a library's product, where there is one, will not do
-
-
-def _folded_for_input(
-    x: Tensor,
+def _fold_gradients(
+    p: Tensor | None,
+    total: Tensor | None,
     weight: Tensor,
-    aw: Tensor,
     folded: Folded,
-    vectors: Tensor | None,
-    matrix: Tensor | None,
+    outputs: tuple[Tensor | None, ...],
+    own: Tensor | None,
+    sums: Tensor | None,
+    rows: int,
     small: dict[str, Any],
-) -> Rounded:
-    """Rounds A and the offset, into the last rows of `matrix` too where there is one."""
-    if vectors is None:
-        return Rounded()
+) -> None:
     N, K = weight.shape
-    blocks = cdiv(K, FOLD_COLUMNS)
-    wide = partial(torch.empty, dtype=torch.float64, device=x.device)
-    a, dx_mean, a_sizes = wide((K, K)), wide((K,)), wide((blocks * blocks,))
-    linear_batch_norm_bwd_products_kernel[(blocks * blocks,)](
-        weight, aw, vectors, a, dx_mean, a_sizes, N, K,
-        BLOCK_N=FOLD_ROWS, BLOCK_K=FOLD_COLUMNS, ALIGN_K=divisor_class(K), num_warps=8,
+    linear_batch_norm_bwd_fold_kernel[(cdiv(N, FOLD_ROWS),)](
+        p, total, weight, folded.x_mean, folded.ws, folded.stats, folded.sizes,
+        *outputs, own, sums, folded.rows, float(rows), N, K, folded.sizes.numel(),
+        BLOCK_N=FOLD_ROWS, **small,
     )  # fmt: skip
-    compute = partial(torch.empty, dtype=compute_dtype(x.dtype), device=x.device)
-    flag = partial(torch.empty, (), dtype=torch.int32, device=x.device)
-    rounded = Rounded(
-        torch.empty((1 if folded.flags is None else 2, K, K), dtype=x.dtype, device=x.device),
-        compute(()),
-        compute((K,)),
-        None if folded.flags is None else flag(),
-        None if matrix is None else flag(),
-    )
-    linear_batch_norm_bwd_round_kernel[(blocks,)](
-        a, folded.x_mean, dx_mean, folded.sizes, a_sizes, folded.flags, *rounded[:4],
-        None if matrix is None else matrix[N:], rounded.todo,
-        K, folded.sizes.numel(), a_sizes.numel(),
-        PIECES=PIECES, BLOCK_T=power_of_two(a_sizes.numel()), **small,
-    )  # fmt: skip
-    return rounded
-
-
-def _is_joined(x: Tensor, view: ChannelView, N: int, training: bool) -> bool:
-    """Whether dX is a library's product."""
-    B, K, S = view[:3]
-    asked = precision(x.dtype)
-    device = device_of(x.device)
-    p = cost.problem(B * S, K, N, x.dtype, device, training, True, asked, view.columns)
-    return cost.joins(p)
-
-
-def _joined(x: Tensor, view: ChannelView, N: int, x_mean: Tensor | None) -> tuple[Tensor, Tensor]:
-    """[G | X − x̄ | 1] (M, N + K + PIECES) but for G, and the empty matrix (·, K) of its product.
-
-    In evaluation there is only G.
-    """
-    K, M = view.C, view.S
-    depth = N if x_mean is None else N + K + PIECES
-    stride = cdiv(depth, JOINED_LINE) * JOINED_LINE
-    h = torch.empty_strided((M, depth), (stride, 1), dtype=x.dtype, device=x.device)
-    if x_mean is not None:
-        elements = TILE_BYTES // x.element_size()
-        block_k = min(power_of_two(K), elements // 4)
-        block_s = elements // block_k
-        linear_batch_norm_bwd_join_kernel[(cdiv(M, block_s) * cdiv(K, block_k),)](
-            x, x_mean, h, N, K, M, stride,
-            ONES=PIECES, BLOCK_S=block_s, BLOCK_K=block_k,
-            ALIGN_N=divisor_class(N), ALIGN_K=divisor_class(K), num_warps=4,
-        )  # fmt: skip
-    return h, torch.empty((depth, K), dtype=x.dtype, device=x.device)
 
 
 def _gated_sums(

@@ -124,13 +124,15 @@ def linear_batch_norm_fwd_fold_kernel(
             tl.store(flags_ptr + pid, tl.max((mask & ~fine).to(tl.int32), axis=0))
 
 
-# One program owns BLOCK_N rows of W.
+# One program owns BLOCK_N rows of W. With other processes, whose statistics Z has, there are two
+# launches: the first leaves dγ and dβ of this one's rows, the second is given those of all.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_bwd_fold_kernel(
     p_ptr, total_ptr, w_ptr, mean_ptr,      # (N, K) or None, (N,), (N, K), (K,): None in evaluation
     ws_ptr, stats_ptr, sizes_ptr,           # (N, K) or None, (4, N), (F,)
     dw_ptr, db_ptr, dgamma_ptr, dbeta_ptr,  # (N, K), (N,), (N,), (N,); None: not wanted
     aw_ptr, vectors_ptr,                    # (N, K), (2, N): α r c₂, c₁ unit; None: not wanted
+    own_ptr, sums_ptr, rows_ptr,            # (2, N): dγ, dβ; the same of all, (): rows of all
     M: tl.float64,
     N, K, F,
     SHIFTED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -144,7 +146,7 @@ def linear_batch_norm_bwd_fold_kernel(
     alpha = tl.load(stats_ptr + 3 * N + n, mask=mask, other=0.0)
     dbeta = load_or(total_ptr, n, mask, 0.0, tl.float64)
     dgamma = tl.zeros((BLOCK_N,), tl.float64)
-    if p_ptr is not None:
+    if p_ptr is not None and sums_ptr is None:
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)
             p = load_matrix(p_ptr, n, k, N, K)
@@ -152,17 +154,26 @@ def linear_batch_norm_bwd_fold_kernel(
                 mean = tl.load(mean_ptr + k, mask=k < K, other=0.0)
                 p -= dbeta[:, None] * rounded_away(mean, w_ptr, SHIFTED)[None, :]
             dgamma += tl.sum(p * load_wide(w_ptr, n, k, N, K), axis=1)
-        if mean_ptr is None:
+        if mean_ptr is None or own_ptr is not None:
             dgamma -= dbeta * centre
         dgamma *= rstd
     c2 = dgamma / M
+    c1 = dbeta / M
+    if own_ptr is not None:
+        store_cast(own_ptr, n, dgamma, mask)
+        store_cast(own_ptr + N, n, dbeta, mask)
+    if sums_ptr is not None:
+        rows = tl.load(rows_ptr).to(tl.float64)
+        c2 = tl.load(sums_ptr + n, mask=mask, other=0.0).to(tl.float64) / rows
+        c1 = tl.load(sums_ptr + N + n, mask=mask, other=0.0).to(tl.float64) / rows
+        c1 -= rstd * c2 * centre
     store_cast(dgamma_ptr, n, dgamma, mask)
     store_cast(dbeta_ptr, n, dbeta, mask)
     store_cast(db_ptr, n, alpha * dbeta, mask)
     unit, inverse = unit_of(sizes_ptr, F, BLOCK_F)
     if vectors_ptr is not None:
         tl.store(vectors_ptr + n, alpha * rstd * c2, mask=mask)
-        tl.store(vectors_ptr + N + n, dbeta / M * unit, mask=mask)
+        tl.store(vectors_ptr + N + n, c1 * unit, mask=mask)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if dw_ptr is not None:
@@ -171,6 +182,8 @@ def linear_batch_norm_bwd_fold_kernel(
                 mean = tl.load(mean_ptr + k, mask=k < K, other=0.0)
                 p -= dbeta[:, None] * rounded_away(mean, w_ptr, SHIFTED)[None, :]
                 p -= (c2 * rstd)[:, None] * load_matrix(ws_ptr, n, k, N, K)
+                if sums_ptr is not None:  # of this process's rows dz has a mean
+                    p += (dbeta - M * c1)[:, None] * mean[None, :]
             store_matrix(dw_ptr, alpha[:, None] * p, n, k, N, K)
         if aw_ptr is not None:
             w = load_wide(w_ptr, n, k, N, K)

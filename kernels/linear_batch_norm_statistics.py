@@ -36,6 +36,8 @@ class Folded(NamedTuple):
     sizes: Tensor  # (F,): max |α∘W| of each program of the fold
     flags: Tensor | None  # (F,): whether W cancels most of X, for 16 bits in training
     shift: Tensor | None  # (K,): what wider elements of X are less as they are loaded
+    # (): rows of all processes, where the statistics are theirs; stats is (5, N) then
+    rows: Tensor | None = None
 
 
 def _gram_matrix(x: Tensor, view: ChannelView, F: int) -> Callable[[Tensor | None], Any]:
@@ -87,6 +89,7 @@ def fold_weight(
     momentum: float | Tensor,
     eps: float,
     view: ChannelView,
+    shared: bool,
 ) -> tuple[Tensor, Folded]:
     """(centre, α and β of what is computed in (3, N), what the backward needs)."""
     B, K, S = view[:3]
@@ -99,7 +102,7 @@ def fold_weight(
     folded = Folded(
         None,
         wide((N, K)) if training else None,
-        wide((4, N)),
+        wide((5 if shared else 4, N)),
         wide((F,)),
         torch.empty(F, dtype=torch.int32, device=x.device) if training and narrow else None,
         compute((K,)) if training and not narrow else None,

@@ -52,6 +52,25 @@ def _moments(
     return own
 
 
+def finalize(
+    everyone: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float | Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """(stats (3, C), count ()) of what each process has left, (processes, 3C + 1)."""
+    processes, size = everyone.shape
+    C = size // 3
+    stats = torch.empty(3, C, dtype=everyone.dtype, device=everyone.device)
+    count = torch.empty((), dtype=everyone.dtype, device=everyone.device)
+    moving = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)
+    sync_batch_norm_fwd_finalize_kernel[(cdiv(C, MERGE_CHANNELS),)](
+        everyone, stats, count, running_mean, running_var, *moving, eps, C, processes, **_MERGE
+    )
+    return stats, count
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -72,13 +91,7 @@ def forward(
     """
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
     everyone = gathered(_moments(x, view, found, dtype))
-    stats = torch.empty(3, view.C, dtype=dtype, device=x.device)
-    count = torch.empty((), dtype=dtype, device=x.device)
-    moving = (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)
-    sync_batch_norm_fwd_finalize_kernel[(cdiv(view.C, MERGE_CHANNELS),)](
-        everyone, stats, count, running_mean, running_var, *moving, eps,
-        view.C, everyone.shape[0], **_MERGE,
-    )  # fmt: skip
+    stats, count = finalize(everyone, running_mean, running_var, momentum, eps)
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty_like(x, dtype=y_dtype)
     if x.numel() > 0:

@@ -7,10 +7,18 @@ errors grow like √terms. Intermediates are as large as the largest element of 
 value is stored in between, that is one more rounding, of something about that large.
 """
 
+import pytest
 import torch
 from torch import Tensor
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+OFTEN = (torch.bfloat16, torch.float32)
+each_dtype = pytest.mark.parametrize(
+    "dtype",
+    [d if d in OFTEN else pytest.param(d, marks=pytest.mark.slow) for d in FLOATS],
+    ids=lambda d: str(d)[6:],
+)
+"""Those of the kernels' paths that differ, and the others where there is time."""
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

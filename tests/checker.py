@@ -184,8 +184,8 @@ def find_race(launch: Launch, loads: np.ndarray, stores: np.ndarray) -> None:
 def _filling(original: Callable[..., Any], checker: _Checker) -> Callable[..., Any]:
     def allocate(*args: Any, **kwargs: Any) -> Any:
         tensor = original(*args, **kwargs)
-        if torch.compiler.is_compiling():  # Dynamo cannot follow the rest
-            return tensor
+        if torch.compiler.is_compiling() or type(tensor) is not torch.Tensor:
+            return tensor  # Dynamo cannot follow the rest, and fakes have no memory
         checker.remember(tensor, sys._getframe(1).f_globals.get("__name__", ""))
         return tensor
 

@@ -4,9 +4,12 @@ There each launch is also judged by the checker (checker.py). With a GPU the sam
 compiled: they take the `backend` fixture, which says where tensors live.
 """
 
+import importlib.util
 import os
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,13 @@ import torch
 import fastnorm
 
 HAS_GPU = torch.cuda.is_available()
+HAS_HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
+collect_ignore = [
+    path.name
+    for path in Path(__file__).parent.glob("test_*.py")
+    if not HAS_HYPOTHESIS
+    and re.search(r"^(import|from) (hypothesis|fuzzing)\b", path.read_text(), re.MULTILINE)
+]
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core: more threads would wait for each other
 if not HAS_GPU:
@@ -28,6 +38,12 @@ if not HAS_GPU:
     # Dynamo lists torch's functions at first use; the checker, while on, has some replaced by its
     # own, and the list would lack the true ones.
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
+
+
+def pytest_report_header() -> str | None:
+    if HAS_HYPOTHESIS:
+        return None
+    return f"hypothesis is not installed: {', '.join(sorted(collect_ignore))} left out"
 
 
 @pytest.fixture(autouse=True)

@@ -152,7 +152,7 @@ LINEAR_PARTS = {
     "two parts": (40, 29),
     "first part empty": (0, 33),
 }
-FAR = {"far from 0": (17, 30)}
+MORE = {"far from 0": (17, 30), "bfloat16": (37, 20)}
 
 
 def linear_parts(processes: int) -> dict[str, tuple[int, ...]]:
@@ -160,20 +160,27 @@ def linear_parts(processes: int) -> dict[str, tuple[int, ...]]:
     if processes == 2:
         return LINEAR_PARTS
     empty = (0,) * (processes - 2)
-    return {name: (*parts, *empty) for name, parts in (LINEAR_PARTS | FAR).items()}
+    return {name: (*parts, *empty) for name, parts in (LINEAR_PARTS | MORE).items()}
 
 
 def linear_tensors(name: str) -> tuple[Tensor, ...]:
     """x, weight, bias, norm_weight, norm_bias, running_mean, running_var, dy."""
     generator = torch.Generator().manual_seed(3)
-    M, K, N = sum((LINEAR_PARTS | FAR)[name]), 5, 18
+    M, K, N = sum((LINEAR_PARTS | MORE)[name]), 5, 18
 
     def draw(*size: int) -> Tensor:
         return torch.randn(size, generator=generator)
 
     x = draw(M, K) + (50.0 if name == "far from 0" else 0.5)
     small = draw(N) * 0.3 + 1, draw(N), draw(N), draw(N).abs() + 0.5
-    return x, draw(N, K), draw(N), *small, draw(M, N)
+    dtype = torch.bfloat16 if name == "bfloat16" else torch.float32
+    x, weight, bias, dy = (t.to(dtype) for t in (x, draw(N, K), draw(N), draw(M, N)))
+    return x, weight, bias, *small, dy
+
+
+def linear_activation(name: str) -> str:
+    """The sign of Z depends on how that was rounded to 16 bits, where it was."""
+    return "tanh" if name == "bfloat16" else "relu"
 
 
 LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias")
@@ -194,11 +201,13 @@ def results_of_linear(rank: int, processes: int) -> dict[tuple[str, ...], Result
                     with counted() as collectives:
                         y = FF.linear_batch_norm(
                             *leaves[:3], mean, var, *leaves[3:], training=True,
-                            algorithm=algorithm, process_group=dist.group.WORLD,
+                            algorithm=algorithm, activation=linear_activation(name),
+                            process_group=dist.group.WORLD,
                         )  # fmt: skip
                         gradients = torch.autograd.grad(y, leaves, dy)
                     found[backend, algorithm, name] = {
-                        "y": y.detach(), "running_mean": mean, "running_var": var,
+                        "y": y.detach(), "by": type(y.grad_fn).__name__,
+                        "running_mean": mean, "running_var": var,
                         "collectives": list(collectives),
                     } | {f"d{n}": g for n, g in zip(LEAVES, gradients, strict=True)}  # fmt: skip
     return found
@@ -210,7 +219,7 @@ def expected_linear(name: str) -> dict[str, Tensor]:
     for leaf in leaves:
         leaf.requires_grad_()
     y, mean, var = reference.linear_batch_norm(
-        *leaves[:3], mean, var, *leaves[3:], True, 0.1, 1e-5, "relu"
+        *leaves[:3], mean, var, *leaves[3:], True, 0.1, 1e-5, linear_activation(name)
     )
     gradients = torch.autograd.grad(y, leaves, dy)
     found = {"y": y.detach(), "running_mean": mean, "running_var": var}

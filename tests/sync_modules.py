@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastnorm
+from fastnorm.functional.linear_batch_norm import LINEAR_ALGORITHMS
 
 STEPS = 3
 ACTIVATIONS = ("identity", "relu", "silu")
@@ -158,6 +159,71 @@ def second_derivatives(rank: int, processes: int) -> dict[Any, list[Tensor]]:
                     *(t.requires_grad_() for t in leaves), v, activation, dist.group.WORLD
                 )
     return found
+
+
+def linear_twice(rank: int, processes: int) -> dict[Any, list[Tensor]]:
+    """Second derivatives of each algorithm of the linear layer; the last part is empty."""
+    found = {}
+    for backend in ranks.backends():
+        with fastnorm.use_backend(backend):
+            for algorithm in LINEAR_ALGORITHMS:
+                *leaves, v = linear_leaves(rank, processes)
+                found[backend, algorithm] = of_linear(*leaves, v, algorithm, dist.group.WORLD)
+    return found
+
+
+def linear_leaves(rank: int, processes: int) -> list[Tensor]:
+    """x, weight, bias, norm_weight, norm_bias, dy and v; x, dy and v of this rank's part."""
+    generator = torch.Generator().manual_seed(4)
+    x, dy, v = torch.randn(3, 9, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 4, generator=generator, dtype=torch.float64)
+    small = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    own = [t[9 * rank : 9 * (rank + 1)] if processes > 1 else t for t in (x, dy, v)]
+    leaves = [own[0], weight, *small, own[1]]
+    return [*(t.clone().requires_grad_() for t in leaves), own[2]]
+
+
+def linear_alone(rank: int, processes: int) -> dict[Any, bool]:
+    """Each gradient alone is the same as with all others, and takes a collective where it must."""
+    found = {}
+    for backend in ranks.backends():
+        with fastnorm.use_backend(backend):
+            for algorithm in LINEAR_ALGORITHMS:
+                whole = _linear_gradients(rank, processes, algorithm, range(5))
+                for i in range(5):
+                    (alone,) = _linear_gradients(rank, processes, algorithm, [i])
+                    found[backend, algorithm, i] = torch.allclose(alone, whole[i], rtol=1e-12)
+    return found
+
+
+def _linear_gradients(
+    rank: int, processes: int, algorithm: str, wanted: Sequence[int]
+) -> tuple[Tensor, ...]:
+    *leaves, dy, _ = linear_leaves(rank, processes)
+    for i, leaf in enumerate(leaves):
+        leaf.requires_grad_(i in wanted)
+    x, weight, bias, *affine = leaves
+    with counted() as collectives:
+        y = fastnorm.functional.linear_batch_norm(
+            x, weight, bias, None, None, *affine, training=True, algorithm=algorithm,
+            process_group=dist.group.WORLD,
+        )  # fmt: skip
+        found = torch.autograd.grad(y, [leaves[i] for i in wanted], dy.detach())
+    backward = ["all_reduce"] if {0, 1, 2} & set(wanted) else []
+    assert collectives == ["all_gather", *backward], (algorithm, wanted)
+    return found
+
+
+def of_linear(x, weight, bias, norm_weight, norm_bias, dy, v, algorithm, group):
+    y = fastnorm.functional.linear_batch_norm(
+        x, weight, bias, None, None, norm_weight, norm_bias, training=True, activation="tanh",
+        algorithm=algorithm, process_group=group,
+    )  # fmt: skip
+    leaves = (x, weight, bias, norm_weight, norm_bias)
+    first = torch.autograd.grad(y, leaves, dy, create_graph=True)
+    part = (first[0] * v).sum() + sum(g.sum() for g in first[1:])
+    wanted = (x, weight, norm_weight, norm_bias, dy)
+    return [*first, *torch.autograd.grad(part, wanted)]
 
 
 def twice(x, residual, weight, bias, dy, v, activation, group):

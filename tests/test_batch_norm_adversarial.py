@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import FLOATS
+from cases import each_dtype
 from torch import Tensor
 
 import fastnorm.functional as FF
@@ -92,7 +92,7 @@ def outcome(call, x: Tensor, dy: Tensor, dtype: torch.dtype, small: torch.dtype)
     return [y.detach(), *gradients, mean, var]
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@each_dtype
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_error_is_at_most_torchs(backend, name, shape, dtype):

@@ -323,6 +323,15 @@ def test_buffers_outgrow_the_cache(monkeypatch):
         assert len(inputs) == copies
 
 
+def test_no_two_calls_in_a_row_get_the_same_buffers():
+    """Whoever makes them: a cache must not hold what a candidate's predecessor touched."""
+    seen = []
+    calls = dict.fromkeys(("a", "b"), seen.append)
+    harness.compare(calls, "a", inputs=[(k,) for k in range(3)], rounds=4, min_sample=1e-9)
+    assert seen == [k % 3 for k in range(len(seen))]
+    assert len(seen) == 3 * 2 + 3 * 2 + 4 * 3 * 2  # warm-up, length of a call, rounds
+
+
 def test_a_noisy_measurement_is_taken_again(monkeypatch):
     taken = []
 

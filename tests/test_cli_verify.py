@@ -195,7 +195,7 @@ def test_files_and_what_they_hold(finished):
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "result.json"]
     text = (folder / "result.json").read_text()
     result = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert result["arguments"] == {"device": "cpu", "backend": "eager", "quick": True}
+    assert result["arguments"] == {"device": "cpu", "backend": "eager", "jobs": None, "quick": True}
     assert result["machine"]["backend"] == "eager"
     assert result["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert len(result["cases"]) == len(cases(True))
@@ -337,6 +337,13 @@ def test_torch_without_the_operator(monkeypatch):
     assert "-" in verify._cells(findings[0], "kept")
 
 
+@pytest.mark.slow
+def test_processes_share_the_cases():
+    found = list(examined(ONE_OF_EACH[:5], CPU, backend="eager", jobs=2))
+    assert found == list(examined(ONE_OF_EACH[:5], CPU, backend="eager"))
+    assert not any(one.wrong for one in found)
+
+
 def test_summaries():
     found = list(examined([ONE_OF_EACH[3], ONE_OF_EACH[3], ONE_OF_EACH[4]], CPU))
     one, other = summaries(found)
@@ -377,9 +384,8 @@ def test_quick_in_the_interpreter(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("the interpreter was not asked for")
     rows = [case for case in cases(True) if case.shape[0] < 250 and case.dtype != torch.float64]
-    with fastnorm.use_backend("triton"):
-        for one in examined(rows[::3], CPU):
-            assert not one.wrong, (one.case, one.wrong)
+    for one in examined(rows[::3], CPU, backend="triton"):
+        assert not one.wrong, (one.case, one.wrong)
 
 
 @pytest.mark.parametrize(
@@ -387,6 +393,7 @@ def test_quick_in_the_interpreter(tmp_path):
     [
         (["--backend", "cuda"], ["--backend", "'cuda'", "auto, triton, eager"]),
         (["--device", "tpu"], ["--device", "'tpu'", "auto, cpu"]),
+        (["--jobs", "0"], ["--jobs", "'0'", "1 to 64"]),
         (["--fast"], ["--fast", "--quick"]),
         (["--out", ""], ["--out", "a new or an empty folder"]),
     ],

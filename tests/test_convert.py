@@ -338,7 +338,7 @@ def test_compiled_and_scripted_models_are_refused(call):
         scripted = torch.jit.script(model)
     with pytest.raises(TypeError, match="it is scripted"):
         call(scripted)
-    with pytest.raises(TypeError, match="needs a torch.nn.Module, but got list"):
+    with pytest.raises(TypeError, match=r"needs a torch.nn.Module, but got list"):
         call([model])
     assert type(model[1]) is nn.BatchNorm1d
 

@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import FLOATS, memory_formats
+from cases import each_dtype, memory_formats
 from test_batch_norm_adversarial import NAMES, adversarial, error
 from torch import Tensor
 
@@ -52,7 +52,7 @@ def judge(got: list[Tensor], theirs: list[Tensor], want: list[Tensor], x: Tensor
         assert mine <= max(2 * others, floor), (label, mine, others, floor)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+@each_dtype
 @pytest.mark.parametrize(("shape", "num_groups"), SHAPES, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 def test_error_is_at_most_torchs(backend, name, shape, dtype, num_groups):

@@ -31,10 +31,10 @@ pytestmark = pytest.mark.unchecked  # the usual checker fills what is allocated:
 @pytest.fixture
 def first_channels_only(monkeypatch):
     """Launch the programs of the first block of channels."""
-    original = batch_norm._launch
+    original = batch_norm.launch_of
     monkeypatch.setattr(launch.ChannelPlan, "grid", property(lambda plan: (plan.programs,)))
     monkeypatch.setattr(
-        batch_norm, "_launch", lambda x, view: original(x, view)._replace(merge_grid=(1,))
+        batch_norm, "launch_of", lambda x, view: original(x, view)._replace(merge_grid=(1,))
     )
 
 

@@ -346,7 +346,7 @@ KERNELS = {
 def test_layer_norm(backend):
     kernels = kernels_run(backend)
     with kernels_seen() as seen:
-        fuzz(cases(), lambda case: check(case, backend), 50 if kernels else 250)
+        fuzz(cases(), lambda case: check(case, backend), 25 if kernels else 150)
     assert seen == (KERNELS if kernels and not HAS_GPU else set())
 
 

@@ -177,6 +177,26 @@ def test_launches():
                 assert loaded == {"todo_ptr"}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="counted in the interpreter")
+@each_mode
+def test_bytes(training):
+    """dY, Y and X are read and G written; X is read for its copy; the product reads both."""
+    import interpreter
+
+    M, K, N = 512, 32, 64
+    case = gram(M, K, N, torch.device("cpu"), BF16, training=training)
+    with fastnorm.use_backend("triton"), form(joined=True), interpreter.trace() as launches:
+        case.ours()
+    large = ("dy_ptr", "y_ptr", "x_ptr", "h_ptr", "dx_ptr")
+    moved = 0
+    for launch in launches:
+        if "bwd" in launch.kernel:
+            for name, (loaded, stored, _, _) in launch.traffic().items():
+                moved += loaded + stored if name in large else 0
+    copied = 2 * K + 8 if training else 0  # of 8 a row are ones
+    assert moved == 2 * M * ((3 * N + K) + copied)
+
+
 def test_what_stays_with_the_fused_kernel(device):
     """float16 cannot hold A without a unit, float64's digits are more, and NCHW is no matrix."""
     H200 = fastnorm.kernels.launch.Device(132)

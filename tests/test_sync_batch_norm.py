@@ -26,11 +26,12 @@ def close(got, want, name=""):
 def test_two_processes(tmp_path):
     work = [
         sync_cases.results_of_cases, sync_cases.results_of_linear,
-        sync_modules.in_evaluation, sync_modules.second_derivatives,
+        sync_modules.in_evaluation, sync_modules.second_derivatives, sync_modules.linear_twice,
     ]  # fmt: skip
     results = ranks.run(2, work, tmp_path)
     check_cases(results)
     check_linear(results)
+    check_linear_twice(results)
     check_second_derivatives(results)
     for rank in results:
         assert rank["in_evaluation"] == {"same": True, "collectives": []}
@@ -85,23 +86,32 @@ def check_case(case, found, want, where):
 def check_linear(results):
     for name in sync_cases.linear_parts(len(results)):
         want = sync_cases.expected_linear(name)
-        far = 50.0 if name == "far from 0" else 1.0  # the size of Z, whose mean is subtracted
         for backend in BACKENDS:
             for algorithm in LINEAR_ALGORITHMS:
                 where = f"{name}, {algorithm} on {backend}"
                 found = [rank["results_of_linear"][backend, algorithm, name] for rank in results]
-                for key, tensor in want.items():
-                    if key.startswith("running"):
-                        got = found[0][key]
-                        assert all(torch.equal(got, other[key]) for other in found[1:]), where
-                    else:
-                        got = sync_cases.whole(found, key)
-                    size = 4 * far * max(tensor.abs().max().item(), 1.0)
-                    terms = 4 * want["y"].shape[0]
-                    assert_close(got, tensor, terms, f"{key}, {where}", intermediate=size)
-                assert found[0]["dbias"].count_nonzero() == 0
+                check_linear_case(name, found, want, where)
+                assert ("Gram" in found[1]["by"]) == (algorithm == "gram"), where
                 for part in found:
                     assert part["collectives"] == ["all_gather", "all_reduce"], where
+
+
+def check_linear_case(name, found, want, where):
+    far = 50.0 if name == "far from 0" else 1.0  # the size of Z, whose mean is subtracted
+    for key, tensor in want.items():
+        got = found[0][key]
+        if not key.startswith("running"):
+            got = sync_cases.whole(found, key)
+        elif any(not torch.equal(got, other[key]) for other in found[1:]):
+            pytest.fail(f"not the same bits: {key}, {where}")
+        if name == "bfloat16":  # rounded are the parts of a sum, and where they are stored Z and dZ
+            error = (got.double() - tensor).abs().max() / tensor.abs().max().clamp_min(1e-9)
+            assert error < 3 * 2**-8, f"{key}, {where}"
+        else:
+            size = 4 * far * max(tensor.abs().max().item(), 1.0)
+            terms = 4 * want["y"].shape[0]
+            assert_close(got, tensor, terms, f"{key}, {where}", intermediate=size)
+    assert found[0]["dbias"].count_nonzero() == 0
 
 
 def check_training(results, name):
@@ -138,13 +148,31 @@ def check_second_derivatives(results):
                 close(got, wanted, f"{name}, {activation} on {backend}")
 
 
+def check_linear_twice(results):
+    """First and second derivatives of all algorithms, of which one has an empty part."""
+    *leaves, v = sync_modules.linear_leaves(0, 1)
+    want = sync_modules.of_linear(*leaves, v, "unfused", None)
+    own = (0, 5, 9)  # dx, and derivatives by x and dy; those by parameters are sums
+    for (backend, algorithm), found in results[0]["linear_twice"].items():
+        others = [rank["linear_twice"][backend, algorithm] for rank in results[1:]]
+        for i, tensor in enumerate(want):
+            parts = [found[i], *(other[i] for other in others)]
+            got = torch.cat(parts) if i in own else sum(parts)
+            close(got, tensor, f"{i}, {algorithm} on {backend}")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
 def test_ddp_fsdp_and_transforms(tmp_path):
-    work = [sync_modules.under_ddp, sync_modules.under_fsdp, sync_modules.in_transforms]
+    work = [
+        sync_modules.under_ddp, sync_modules.under_fsdp, sync_modules.in_transforms,
+        sync_modules.linear_alone,
+    ]  # fmt: skip
     results = ranks.run(2, work, tmp_path)
     check_training(results, "under_ddp")
     check_training(results, "under_fsdp")
+    for rank in results:
+        assert all(rank["linear_alone"].values()), rank["linear_alone"]
     *large, weight, bias = sync_modules.derivatives_input()
     x, _, dy, v = large
 

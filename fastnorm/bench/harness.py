@@ -7,12 +7,13 @@ to itself is the noise of the comparison, and no other ratio means more than tha
     ratio = best time of the baseline / best time of the candidate      above 1: it is faster
 """
 
+import itertools
 import json
 import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,9 +79,10 @@ def compare(
 ) -> Comparison:
     """Time every candidate `rounds` times, interleaved, and relate each to `baseline`.
 
-    Call number i of a sample gets `*inputs[i % len(inputs)]`: with several sets of buffers, none is
-    in a cache when its turn comes. A sample repeats the call until the baseline has run for
-    `min_sample` seconds, and all inputs have been used; all candidates run equally many calls.
+    Each call gets the set of buffers after that of the call before, whosever that was: with several
+    sets, none is in a cache when its turn comes. A sample repeats the call until the baseline has
+    run for `min_sample` seconds, twice at least where there are several sets; all candidates run
+    equally many calls.
     A candidate named in `within` is called inside that context, whose own time does not count.
     """
     if baseline not in candidates:
@@ -88,15 +90,16 @@ def compare(
     timed = _sample_cuda if torch.device(device).type == "cuda" else _sample_cpu
     contestants = {**candidates, GAUGE: candidates[baseline]}
     names = list(contestants)
+    rotation = itertools.cycle(inputs)
 
     def sample(name: str, calls: int) -> float:
         with (within or {}).get(name, nullcontext)():
-            return timed(contestants[name], inputs, calls)
+            return timed(contestants[name], rotation, calls)
 
     for name in names:  # compiles, fills the caches and the allocator
-        sample(name, 2 * len(inputs))
-    once = min(sample(baseline, len(inputs)) for _ in range(3))
-    calls = max(len(inputs), math.ceil(min_sample / max(once, 1e-9)))
+        sample(name, 2)
+    once = min(sample(baseline, 2) for _ in range(3))
+    calls = max(min(len(inputs), 2), math.ceil(min_sample / max(once, 1e-9)))
 
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(rounds):
@@ -122,27 +125,28 @@ LONG = 50e-6
 """Seconds from which a call is timed by itself."""
 
 
-def _sample_cpu(call: Callable[..., object], inputs: Sequence[Sequence[Any]], calls: int) -> float:
+def _sample_cpu(call: Callable[..., object], inputs: Iterator[Sequence[Any]], calls: int) -> float:
     """Seconds a call: the best of `calls` long ones, the mean of short ones.
 
     Whoever else uses the machine slows some calls down; the best of many is what a call takes.
     """
     clock = time.perf_counter
     start, best = clock(), math.inf
-    for index in range(calls):
+    for _ in range(calls):
+        arguments = next(inputs)
         before = clock()
-        call(*inputs[index % len(inputs)])
+        call(*arguments)
         best = min(best, clock() - before)
     return best if best > LONG else (clock() - start) / calls
 
 
-def _sample_cuda(call: Callable[..., object], inputs: Sequence[Sequence[Any]], calls: int) -> float:
+def _sample_cuda(call: Callable[..., object], inputs: Iterator[Sequence[Any]], calls: int) -> float:
     """Seconds a call on the GPU, launches included where they are the longer."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
     torch.cuda.synchronize()
     start.record()
-    for index in range(calls):
-        call(*inputs[index % len(inputs)])
+    for _ in range(calls):
+        call(*next(inputs))
     end.record()
     torch.cuda.synchronize()
     seconds: float = start.elapsed_time(end) / 1e3

@@ -40,7 +40,7 @@ PRODUCTS = {
     "point cloud": ((262144, 16384), 64, 128),
     "narrowing": ((65536, 256), 4096, 1024),
 }
-CPU_PRODUCTS = ("stage 1", "stage 4", "narrowing")
+CPU_PRODUCTS = ("stage 1", "stage 4")
 
 
 def layers(device: str) -> list[Layer]:

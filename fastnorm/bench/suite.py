@@ -19,7 +19,7 @@ from fastnorm.bench.harness import GAUGE, Comparison, compare
 from fastnorm.bench.layers import Layer
 
 BASELINE, OURS = "torch.nn", "fastnorm"
-MOST_COPIES = 8
+MOST_COPIES = 16
 NOISY = 0.03
 """A measurement whose baseline is that far from itself may be taken again."""
 _AGREEMENT = {2: 0.1, 4: 0.01}

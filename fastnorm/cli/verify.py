@@ -1,5 +1,6 @@
 """`fastnorm verify`: every operation against float64 and torch.nn, on this device and backend."""
 
+import os
 from argparse import Namespace
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from fastnorm.cli.arguments import (
     Folder,
     Parser,
     UsageError,
+    Whole,
     device_choice,
     resolve_device,
 )
@@ -45,6 +47,12 @@ def parser() -> Parser:
     )
     options.option("--device", device_choice(), default="auto", help="where to run")
     options.option("--backend", Choice(backend.BACKENDS), default="auto", help="what to verify")
+    options.option(
+        "--jobs",
+        Whole(1, 64),
+        otherwise="1; on a GPU up to 8, since kernels are compiled",
+        help="processes that share the cases",
+    )
     options.flag("--quick", help="each dtype, layout, mode, activation and input, but not crossed")
     options.option(
         "--out", Folder(), otherwise="runs/verify-TIME", help="the folder for the results"
@@ -56,13 +64,14 @@ def run(arguments: Namespace) -> int:
     """Examines the cases, fills the results folder, and prints the table."""
     device = resolve_device(arguments.device)
     folder = arguments.out or default_folder("verify")
+    jobs = arguments.jobs or _jobs(device)
     with fastnorm.use_backend(arguments.backend):
         serving = _backend(device)
         with results_folder(folder) as staging:
             listed, omitted = left_out(cases(arguments.quick), device)
             found = []
             with progress("verify", len(listed), console()) as shown:
-                for one in examined(listed, device):
+                for one in examined(listed, device, backend=arguments.backend, jobs=jobs):
                     found.append(one)
                     shown.advance(f"{one.case.operation} {one.case.words()['dtype']}")
             asked = {name: value for name, value in vars(arguments).items() if name != "out"}
@@ -71,6 +80,11 @@ def run(arguments: Namespace) -> int:
     _print(found, omitted, f"{serving} backend on {machine['name']}")
     print(f"results in {folder}")
     return int(any(one.wrong for one in found))
+
+
+def _jobs(device: torch.device) -> int:
+    """Half the processor's cores, where there is something to compile."""
+    return max(1, min(8, (os.cpu_count() or 1) // 2)) if device.type == "cuda" else 1
 
 
 def _backend(device: torch.device) -> str:

@@ -63,8 +63,7 @@ def batch_norm(
     if training and num_batches_tracked is not None:
         num_batches_tracked.add_(1)
         if momentum is None and running_mean is not None:
-            dtype = torch.promote_types(running_mean.dtype, torch.float32)
-            momentum = num_batches_tracked.to(dtype).reciprocal()
+            momentum = _cumulative(num_batches_tracked, running_mean)
     if momentum is None:
         momentum = 0.0  # there is no buffer to move
     dtype = native.WIDER.get(input.dtype, input.dtype)
@@ -134,6 +133,15 @@ def _plain(
     return formulas.batch_norm(input, weight, bias, eps)
 
 
+def _cumulative(num_batches_tracked: Tensor, running_mean: Tensor) -> float | Tensor:
+    """The share of the newest batch in the average of all; a number where that costs no wait."""
+    recorded = torch.compiler.is_compiling() or native.observed(num_batches_tracked)
+    if num_batches_tracked.is_cpu and not recorded:
+        return 1.0 / int(num_batches_tracked.item())
+    dtype = torch.promote_types(running_mean.dtype, torch.float32)
+    return num_batches_tracked.to(dtype).reciprocal()
+
+
 def _serves(tensor: Tensor, dtype: torch.dtype) -> bool:
     return tensor.dtype is dtype and tensor.is_contiguous()
 
@@ -165,6 +173,14 @@ def _converted(
         mean = var = None
     elif not training:
         mean, var = (t.to(dtype).contiguous() for t in (running_mean, running_var))
+    elif not isinstance(momentum, Tensor) and all(
+        _serves(t, dtype) for t in (running_mean, running_var)
+    ):
+        y = batch_norm(
+            input, running_mean, running_var, weight, bias, True, momentum, eps, residual,
+            activation, None,
+        )  # fmt: skip
+        return y.to(y_dtype)
     else:  # a momentum of one leaves the batch's own statistics in these
         # (as vmapped as the input is; torch loses what it should write to a vmapped view)
         mean, var = (input.new_zeros(running_mean.numel(), dtype=dtype) for _ in range(2))

@@ -26,7 +26,7 @@ def layer_norm(
     """Over the last `axes`."""
     z = _normalized(input, tuple(range(-axes, 0)), eps)
     z = z if weight is None else z * weight
-    return (z if bias is None else z + bias).to(input.dtype)
+    return (z if bias is None else z + bias).to(native.output_dtype(input))
 
 
 def group_norm(
@@ -37,7 +37,7 @@ def group_norm(
     groups = input.reshape(input.shape[0], num_groups, -1, *input.shape[2:])
     z = _normalized(groups, tuple(range(2, groups.dim())), eps).flatten(1, 2)
     z = z if weight is None else z * weight.reshape(column)
-    return (z if bias is None else z + bias.reshape(column)).to(input.dtype)
+    return (z if bias is None else z + bias.reshape(column)).to(native.output_dtype(input))
 
 
 def _normalized(input: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:

@@ -6,6 +6,7 @@ large numbers. Nothing here is as large as X or Y.
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ class Statistics(NamedTuple):
     centre: Tensor  # (N,): W x̄ in training, μ − b in evaluation
     rstd: Tensor  # (N,)
     cancels: Tensor | None  # (): whether some row of W cancels most of X; None in evaluation
+    # Where rstd and centre are of all processes: (N,) W x̄ − centre, and (): everybody's rows.
+    apart: Tensor | None = None
+    rows: Tensor | None = None
 
 
 class Gradients(NamedTuple):
@@ -44,18 +48,32 @@ the variance then.
 
 
 def batch_statistics(
-    x_mean: Tensor, s: Tensor, weight: Tensor, rows: int, eps: float
+    x_mean: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    rows: int,
+    eps: float,
+    shared: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]] | None = None,
 ) -> tuple[Statistics, Tensor]:
-    """Statistics of X Wᵀ over `rows` rows, and its biased variance, from x̄ and S."""
+    """Statistics of X Wᵀ over `rows` rows, and its biased variance, from x̄ and S.
+
+    `shared` makes (centre, variance, rows) of all processes from centre and variance of this one.
+    """
     w = weight.double()
     ws = w @ s
     left = torch.linalg.vecdot(ws, w)
     terms = w.square() @ torch.addcmul(s.diagonal(), x_mean, x_mean, value=rows)
     fine = (terms <= CANCELLED * (left + rows * eps)).all()  # not where something is not finite
     var = left.clamp_min_(0).div_(rows)
+    centre = w @ x_mean
+    apart = total = None
+    if shared is not None:
+        own = centre
+        centre, var, total = shared(own, var)
+        apart = own - centre
     rstd = (var + eps).rsqrt_()
     ws = (ws * rstd[:, None]).to(compute_dtype(weight.dtype))
-    return Statistics(x_mean, ws, w @ x_mean, rstd, ~fine), var
+    return Statistics(x_mean, ws, centre, rstd, ~fine, apart, total), var
 
 
 def fixed_statistics(
@@ -106,9 +124,15 @@ def gradients(
     statistics: Statistics,
     rows: int,
     wants_dx: bool,
+    summed: Callable[[Tensor], Tensor] | None = None,
 ) -> Gradients:
-    """From P = Gᵀ(X − shift) and dβ = 1ᵀG, both float64."""
-    x_mean, ws, centre, rstd, _ = statistics
+    """From P = Gᵀ(X − shift) and dβ = 1ᵀG, both float64.
+
+    `summed` adds up over all processes, where the statistics are theirs. There x̂ of this one's rows
+    has a mean, r ∘ apart, and dz none of its own:
+        dγ gets r ∘ dβ ∘ apart        c₁ gets r ∘ c₂ ∘ apart        dW gets α ∘ (dβ − M c₁) x̄ᵀ
+    """
+    x_mean, ws, centre, rstd, *_ = statistics
     w = weight.double()
     if x_mean is None or ws is None:
         dgamma = rstd * (torch.linalg.vecdot(p, w) - dbeta * centre)
@@ -116,12 +140,19 @@ def gradients(
     rest = x_mean if shift is None else x_mean - shift
     p = torch.addr(p, dbeta, rest, alpha=-1)
     dgamma = rstd * torch.linalg.vecdot(p, w)
-    c2 = dgamma / rows
+    c2, c1 = dgamma / rows, dbeta / rows
+    if statistics.apart is not None and statistics.rows is not None:
+        dgamma = torch.addcmul(dgamma, dbeta, rstd * statistics.apart)
+        if summed is not None:
+            total = summed(torch.stack([dgamma, dbeta]).to(ws.dtype)).double()
+            c2, c1 = total / statistics.rows
+            c1 = torch.addcmul(c1, c2, rstd * statistics.apart)
+        p = torch.addr(p, dbeta - rows * c1, x_mean)
     dweight = alpha[:, None] * (p - c2[:, None] * ws)
     if not wants_dx:
         return Gradients(dweight, dgamma, None, None)
     a = w.T @ ((alpha * rstd * c2)[:, None] * w)
-    return Gradients(dweight, dgamma, a, (alpha * dbeta / rows) @ w)
+    return Gradients(dweight, dgamma, a, (alpha * c1) @ w)
 
 
 def shift_of(statistics: Statistics, dtype: torch.dtype) -> Tensor | None:

@@ -76,7 +76,7 @@ def group_norm(
     ):
         z = torch.group_norm(input, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
         return z if activation == "identity" else ACTIVATIONS[activation](z)
-    y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
+    y_dtype = native.output_dtype(input, residual)
     input, weight, bias = prepared(input, weight, bias, residual, activation)
     plain = not input.is_cpu or torch.compiler.is_compiling() or native.observed(input)
     if plain or input.numel() == 0 or (residual is not None and residual.dtype != input.dtype):
@@ -217,13 +217,14 @@ class GroupNormFunction(torch.autograd.Function):
         return *gradients(ctx, dy), None, None, None  # activation, num_groups, eps
 
 
-def through_activation(ctx: Any, dy: Tensor) -> Tensor:
+def through_activation(
+    activation: str, dy: Tensor, input: Tensor, activated: Tensor | None
+) -> Tensor:
     """dy ∘ act′, laid out as the input; dy itself where it is that already."""
-    input, _, activated, *_ = ctx.saved_tensors
     g = dy.contiguous(memory_format=native.memory_format(input))
     if activated is None:
         return g
-    _, act_backward, arguments = STEPS[ctx.activation]
+    _, act_backward, arguments = STEPS[activation]
     out = native.empty_like(input) if g is dy else g
     dz: Tensor = act_backward.grad_input(g, activated, *arguments, grad_input=out)
     return dz
@@ -231,9 +232,9 @@ def through_activation(ctx: Any, dy: Tensor) -> Tensor:
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dγ, dβ and dr."""
-    input, weight, _, mean, rstd = ctx.saved_tensors
+    input, weight, activated, mean, rstd = ctx.saved_tensors
     for_input, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
-    g = through_activation(ctx, dy)
+    g = through_activation(ctx.activation, dy, input, activated)
     dr = g if for_residual else None
     if not (for_input or for_weight or for_bias):
         return None, None, None, dr

@@ -87,6 +87,9 @@ def instance_norm(
         y = _as_channels(input, weight, bias, eps, residual, activation, statistics)
     else:
         y = group_norm(input, input.shape[1], weight, bias, eps, residual, activation)
+        if input.is_cuda:  # autocast does not list instance norm
+            other = input if residual is None else residual
+            y = y.to(torch.promote_types(input.dtype, other.dtype))
     if statistics is not None:
         for running, instances in zip((running_mean, running_var), statistics, strict=True):
             assert running is not None  # or there were no statistics
@@ -201,9 +204,9 @@ class InstanceNormFunction(torch.autograd.Function):
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dγ, dβ and dr."""
-    input, weight, _, mean, rstd = ctx.saved_tensors
+    input, weight, activated, mean, rstd = ctx.saved_tensors
     *wanted, for_residual = ctx.needs_input_grad[:4]
-    g = through_activation(ctx, dy)
+    g = through_activation(ctx.activation, dy, input, activated)
     dr = g if for_residual else None
     if not any(wanted):
         return None, None, None, dr

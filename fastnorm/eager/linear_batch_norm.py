@@ -9,17 +9,26 @@ has no epilogue).
 """
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastnorm.distributed import gathered, summed
 from fastnorm.eager import gram, native
 from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
 from fastnorm.eager.batch_norm import batch_norm
 from fastnorm.eager.native import STEPS
-from fastnorm.eager.sync_batch_norm import count_batch, sync_batch_norm
+from fastnorm.eager.sync_batch_norm import (
+    count_batch,
+    gradients_about,
+    merged,
+    move_buffers,
+    sync_batch_norm,
+    told,
+)
 from fastnorm.kernels import cost
 
 BLOCK_BYTES = 1 << 20
@@ -49,24 +58,25 @@ def linear_batch_norm(
     Arguments are those that `functional.linear_batch_norm` has checked; input, weight and bias have
     one dtype. With a `group` of processes, the statistics of training are everybody's.
     """
-    if group is not None:
-        return sync_batch_norm(
-            product(input, weight, bias, training), running_mean, running_var, norm_weight,
-            norm_bias, momentum, eps, None, activation, num_batches_tracked, group,
-        )  # fmt: skip
     if algorithm != "epilogue" and algorithm != "unfused":
         rows = _rows(input)
         if rows is not None and _takes_gram(rows, weight, training, activation, algorithm):
             momentum = count_batch(num_batches_tracked, training, momentum)
             y: Tensor = GramFunction.apply(  # type: ignore[no-untyped-call]
                 rows, weight, bias, norm_weight, norm_bias, running_mean, running_var,
-                training, momentum, eps, activation,
+                training, momentum, eps, activation, group,
             )  # fmt: skip
             if input.ndim == 2:
                 return y
             return y.view(input.shape[0], *input.shape[2:], -1).movedim(-1, 1)
+    z = product(input, weight, bias, training)
+    if group is not None:
+        return sync_batch_norm(
+            z, running_mean, running_var, norm_weight, norm_bias,
+            momentum, eps, None, activation, num_batches_tracked, group,
+        )  # fmt: skip
     return batch_norm(
-        product(input, weight, bias, training), running_mean, running_var, norm_weight, norm_bias,
+        z, running_mean, running_var, norm_weight, norm_bias,
         training, momentum, eps, None, activation, num_batches_tracked,
     )  # fmt: skip
 
@@ -121,7 +131,8 @@ def _takes_gram(
         options = (rows.dtype, activation, cost.CPU, training, backward)
         if cost.choose(M, K, N, *options) != "gram":
             return False
-    return not native.observed(rows)
+    # gram asks its numbers for their size
+    return not (native.observed(rows) or rows.is_meta)
 
 
 def _blocks(N: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
@@ -169,9 +180,21 @@ class GramFunction(torch.autograd.Function):
         momentum: float | Tensor,
         eps: float,
         activation: str,
+        group: Any,
     ) -> Tensor:
         M = x.shape[0]
-        if training:
+
+        def shared(centre: Tensor, var: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            mean = centre if bias is None else centre + bias
+            own = told(mean, var.sqrt(), M, gram.compute_dtype(x.dtype))
+            mean, rest, var, count = merged(gathered(own, group))
+            mean = mean + rest
+            move_buffers(running_mean, running_var, mean, var, count, momentum)
+            return mean if bias is None else mean - bias, var, count
+
+        if training and group is not None:
+            statistics, _ = gram.batch_statistics(*_gram_matrix(x), weight, M, eps, shared)
+        elif training:
             statistics, var = gram.batch_statistics(*_gram_matrix(x), weight, M, eps)
             mean = statistics.centre if bias is None else statistics.centre + bias
             gram.move_buffers(running_mean, running_var, mean, var, M, momentum)
@@ -185,13 +208,20 @@ class GramFunction(torch.autograd.Function):
             norm_weight, norm_bias, *statistics,
         )  # fmt: skip
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
-        ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        ctx.training, ctx.eps, ctx.activation, ctx.group = training, eps, activation, group
         return y
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        buffers_and_options = (None,) * 6
+        buffers_and_options = (None,) * 7
+        if native.is_differentiated(dy) and ctx.group is not None:
+            x, _, weight, _, norm_weight, norm_bias, *found = ctx.saved_tensors
+            return *differentiable_shared(
+                (x, weight, norm_weight, norm_bias), ctx.needs_input_grad[:5],
+                gram.Statistics(*found).centre,
+                ctx.bias_like, ctx.eps, ctx.activation, ctx.group, dy,
+            ), *buffers_and_options  # fmt: skip
         if native.is_differentiated(dy):
             x, _, weight, bias, norm_weight, norm_bias, *found = ctx.saved_tensors
             fixed = None if ctx.training else gram.fixed_moments(gram.Statistics(*found), bias)
@@ -219,6 +249,8 @@ def _forward(
         shift = -gram.scale_of(statistics, norm_weight) * statistics.centre
     else:  # what the rounding of x̄ leaves
         shift = folded @ (x_mean - statistics.x_mean)
+        if statistics.apart is not None:
+            shift += gram.scale_of(statistics, norm_weight) * statistics.apart
     if norm_bias is not None:
         shift = shift + norm_bias.double().reshape(-1)
     shift = shift.to(dtype)
@@ -238,19 +270,22 @@ def _forward(
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dW, db, dγ and dβ."""
-    x, _, weight, _, norm_weight, norm_bias, *kept = ctx.saved_tensors
+    x, y, weight, _, norm_weight, norm_bias, *kept = ctx.saved_tensors  # once: see checkpoint
     statistics = gram.Statistics(*kept)
     wants_dx, wants_dw, wants_db, wants_dgamma, wants_dbeta = ctx.needs_input_grad[:5]
     wants_db_sum = wants_db and not ctx.training
-    wants_p = wants_dw or wants_dgamma or (ctx.training and wants_dx)
+    # who waits for the sums of this process: those of the other algorithms too
+    joins = ctx.group is not None and (wants_dx or wants_dw or wants_db)
+    wants_p = wants_dw or wants_dgamma or (ctx.training and wants_dx) or joins
     alpha = gram.scale_of(statistics, norm_weight)
     dw = db = dgamma = dbeta = dx = small = None
     shift = gram.shift_of(statistics, gram.compute_dtype(x.dtype))
     if wants_p or wants_dx or wants_dbeta or wants_db_sum:
-        dx, unit, p, total = _sweep(ctx, dy, alpha, shift, wants_p)
+        dx, unit, p, total = _sweep(ctx, dy, x, y, weight, statistics, alpha, shift, wants_p)
     if wants_p:
         rows = x.shape[0]
-        small = gram.gradients(p, total, shift, weight, alpha, statistics, rows, wants_dx)
+        sums = partial(summed, group=ctx.group) if joins else None
+        small = gram.gradients(p, total, shift, weight, alpha, statistics, rows, wants_dx, sums)
         dw = small.dweight.to(weight.dtype) if wants_dw else None
         if wants_dgamma:
             dgamma = small.dgamma.view_as(norm_weight).to(norm_weight.dtype)
@@ -264,11 +299,17 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
 
 
 def _sweep(
-    ctx: Any, dy: Tensor, alpha: Tensor, shift: Tensor | None, wants_p: bool
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    weight: Tensor,
+    statistics: gram.Statistics,
+    alpha: Tensor,
+    shift: Tensor | None,
+    wants_p: bool,
 ) -> tuple[Tensor | None, float, Tensor, Tensor]:
     """(G α∘W in a unit, that unit, P, 1ᵀG): one pass over dY and Y."""
-    x, y, weight, _, _, _, *kept = ctx.saved_tensors
-    statistics = gram.Statistics(*kept)
     dtype = gram.compute_dtype(x.dtype)
     aw, unit = gram.folded_weight(weight, alpha, dtype)
     N, K = weight.shape
@@ -349,3 +390,34 @@ def differentiable_gradients(
     )  # fmt: skip
     gradients[2] = bias_gradient(gradients[2], wanted[2], bias_like)
     return tuple(gradients)
+
+
+def differentiable_shared(
+    leaves: tuple[Tensor | None, ...],
+    wanted: tuple[bool, ...],
+    centre: Tensor,
+    bias_like: Any,
+    eps: float,
+    activation: str,
+    group: Any,
+    dy: Tensor,
+) -> tuple[Tensor | None, ...]:
+    """The same in training with other processes, through Z: as all algorithms do, so that their
+    sums meet. `leaves` without the bias; `centre` is of Z less the bias.
+    """
+    x, weight, norm_weight, norm_bias = leaves
+    assert x is not None
+    assert weight is not None
+    wants_dx, wants_dw, wants_db, *affine = wanted
+    joins = wants_dx or wants_dw or wants_db
+    rows = x.movedim(1, -1)
+    dz, _, dgamma, dbeta = gradients_about(
+        centre, dy, (rows @ weight.T).movedim(-1, 1), None, None, norm_weight, norm_bias,
+        eps, activation, group, (joins, False, *affine),
+    )  # fmt: skip
+    dx = dw = None
+    if dz is not None:
+        dz = dz.movedim(1, -1)
+        dx = (dz @ weight).movedim(-1, 1) if wants_dx else None
+        dw = dz.flatten(0, -2).T @ rows.flatten(0, -2) if wants_dw else None
+    return dx, dw, bias_gradient(None, wants_db, bias_like), dgamma, dbeta

@@ -167,6 +167,20 @@ def is_huge(input: Tensor) -> bool:
     return input.nbytes >= HUGE and _libc() is not None
 
 
+def output_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
+    """That of layer, RMS and group norm, with a residual: autocast on CUDA lists them for float32.
+
+    Nothing is cast for it: what computes in float32 anyway need only store it.
+    """
+    dtype = input.dtype
+    if input.is_cuda and dtype in WIDER and torch.is_autocast_enabled("cuda"):
+        dtype = WIDER[dtype]
+    for other in others:
+        if other is not None:
+            dtype = torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
 def transformed() -> bool:
     """Whether this runs inside a transform of torch.func or forward-mode AD."""
     return _transform() is not None or forward_ad._current_level >= 0

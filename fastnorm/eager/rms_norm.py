@@ -43,7 +43,7 @@ def rms_norm(
     ):
         x = input.to(native.WIDER.get(input.dtype, input.dtype))
         z = _short(x, tuple(range(-len(normalized_shape), 0)), weight, eps)
-        return ACTIVATIONS[activation](z).to(input.dtype)
+        return ACTIVATIONS[activation](z).to(native.output_dtype(input))
     shape = tuple(normalized_shape)
     if input.numel() < SMALL:
         wide = input.to(native.WIDER.get(input.dtype, input.dtype))

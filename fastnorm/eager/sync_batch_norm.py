@@ -77,9 +77,8 @@ class SyncBatchNormFunction(torch.autograd.Function):
         activation: str,
         group: Any,
     ) -> Tensor:
-        everyone = gathered(_moments(input), group)
-        mean, rest, var, count = _merged(everyone)
-        _move_buffers(running_mean, running_var, mean + rest, var, count, momentum)
+        mean, rest, var, count = merged(gathered(_moments(input), group))
+        move_buffers(running_mean, running_var, mean + rest, var, count, momentum)
         stats = torch.stack([mean, rest, (var + eps).rsqrt_()])
         y = _normalize(input, residual, weight, bias, stats, activation)
         by_sign = residual is not None and activation in GRAD_FROM_OUTPUT
@@ -95,7 +94,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
         buffers_and_options = (None,) * 6
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        if native.is_differentiated(dy):
             return *differentiable_gradients(ctx, dy), *buffers_and_options
         return *_gradients(ctx, dy), *buffers_and_options
 
@@ -136,13 +135,17 @@ def _moments(input: Tensor) -> Tensor:
         # an average, not mean + d · share: an infinite mean stays infinite, as in a plain sum
         mean = block_mean if count == 0 else mean * (1 - share) + block_mean * share
         count += values
-    high = mean.to(_compute_dtype(input.dtype))
+    return told(mean, (m2 / max(count, 1)).sqrt_(), count, _compute_dtype(input.dtype))
+
+
+def told(mean: Tensor, std: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """What a process tells the others of its `count` values of each channel: (3C + 1,)."""
+    high = mean.to(dtype)
     rest = (mean - high).nan_to_num(0.0, 0.0, 0.0)
-    parts = (high, rest.to(high), (m2 / max(count, 1)).sqrt().to(high), high.new_full((1,), count))
-    return torch.cat(parts)
+    return torch.cat([high, rest.to(dtype), std.to(dtype), high.new_full((1,), count)])
 
 
-def _merged(everyone: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def merged(everyone: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(mean, rest, variance, count) of all processes, float64, from what each has told."""
     wide = everyone.double()
     counts = wide[:, -1:]
@@ -160,7 +163,7 @@ def _merged(everyone: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return high, (offset - (high - base)).nan_to_num(0.0, 0.0, 0.0), var, count
 
 
-def _move_buffers(
+def move_buffers(
     running_mean: Tensor | None,
     running_var: Tensor | None,
     mean: Tensor,
@@ -269,25 +272,44 @@ def _gated(activation: str, z: Tensor, dy: Tensor) -> Tensor:
 def differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     """dx, dresidual, dγ and dβ by differentiable operators, sums over processes among them."""
     input, weight, bias, stats, _, y, residual = ctx.saved_tensors
-    for_input, for_residual, for_weight, for_bias = ctx.needs_input_grad[:4]
-    xhat, rstd, _, _, count = _standardized(input, stats[0], ctx.eps, ctx.group)
+    options = (ctx.eps, ctx.activation, ctx.group, ctx.needs_input_grad[:4])
+    dx, dz, dw, db = gradients_about(stats[0], dy, input, y, residual, weight, bias, *options)
+    return dx, dz.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dw, db
+
+
+def gradients_about(
+    mean: Tensor,
+    dy: Tensor,
+    input: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    activation: str,
+    group: Any,
+    wanted: tuple[bool, ...],
+) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
+    """(dx, dz, dγ, dβ) by differentiable operators; y where its sign is enough for act′."""
+    for_input, _, for_weight, for_bias = wanted
+    xhat, rstd, _, _, count = _standardized(input, mean, eps, group)
     g = dy.to(xhat.dtype)
     w = None if weight is None else weight.to(xhat.dtype).reshape(-1)
     if y is not None:
-        g = GRAD_FROM_OUTPUT[ctx.activation](g, y)
-    elif ctx.activation != "identity":
+        g = GRAD_FROM_OUTPUT[activation](g, y)
+    elif activation != "identity":
         z = _affine(xhat, w, None if bias is None else bias.to(xhat.dtype).reshape(-1))
-        g = _gated(ctx.activation, z if residual is None else z + residual, g)
+        g = _gated(activation, z if residual is None else z + residual, g)
     sums = torch.stack([(xhat * g).sum(_axes(input)), g.sum(_axes(input))])
     dx = None
     if for_input:
-        total = sum_over(sums, ctx.group) / count
+        total = sum_over(sums, group) / count
         scale = rstd if w is None else rstd * w
         slope, offset, scale = (per_channel(t, input) for t in (*total, scale))
         dx = ((g - offset - xhat * slope) * scale).to(input.dtype)
-    dw = sums[0].to(weight.dtype).view_as(weight) if for_weight else None
-    db = sums[1].to(bias.dtype).view_as(bias) if for_bias else None
-    return dx, g.to(ctx.residual_dtype) if for_residual else None, dw, db
+    dw = sums[0].to(weight.dtype).view_as(weight) if weight is not None and for_weight else None
+    db = sums[1].to(bias.dtype).view_as(bias) if bias is not None and for_bias else None
+    return dx, g, dw, db
 
 
 def _standardized(
@@ -326,7 +348,7 @@ def _composed(
     """The whole of it by differentiable operators."""
     xhat, _, mean, var, count = _standardized(input, None, eps, group)
     with torch.no_grad():
-        _move_buffers(running_mean, running_var, mean.double(), var.double(), count, momentum)
+        move_buffers(running_mean, running_var, mean.double(), var.double(), count, momentum)
     w, b = (None if t is None else t.to(xhat.dtype).reshape(-1) for t in (weight, bias))
     z = _affine(xhat, w, b)
     z = z if residual is None else z + residual

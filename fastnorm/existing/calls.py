@@ -50,12 +50,19 @@ def layer_norm_activation(
 
 
 def norm_activation(
-    norm: nn.Module, input: Tensor, residual: Tensor | None, activation: str
+    norm: nn.Module,
+    input: Tensor,
+    residual: Tensor | None,
+    activation: str,
+    in_place: bool = False,
 ) -> Tensor:
-    """act(norm(input) + residual) of a norm without an activation of its own."""
+    """act(norm(input) + residual) of a norm without an activation of its own.
+
+    `in_place`: the sum was written so, and has the dtype and shape of the norm's output.
+    """
     weight, bias = parameter(norm, "weight"), norm._parameters.get("bias")
     if residual is not None and not _alike(input, residual):
-        return ACTIVATIONS[activation](norm(input) + residual)
+        return ACTIVATIONS[activation](_sum(norm(input), residual, in_place))
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         norm._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean, var, training, momentum, count = _BatchNorm.statistics(norm)  # type: ignore[arg-type]
@@ -77,11 +84,12 @@ def norm_activation(
     )
 
 
-def add_norm(norm: nn.Module, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+def add_norm(
+    norm: nn.Module, input: Tensor, residual: Tensor, in_place: bool = False
+) -> tuple[Tensor, Tensor]:
     """(norm(sum), sum) of the sum of both, for LayerNorm and RMSNorm."""
-    fits = isinstance(input, Tensor) and isinstance(residual, Tensor) and _alike(input, residual)
-    if not fits or torch.is_autocast_enabled(input.device.type):
-        total = input + residual
+    if not _alike(input, residual) or torch.is_autocast_enabled(input.device.type):
+        total = _sum(input, residual, in_place)
         return norm(total), total
     if isinstance(norm, ForeignRMSNorm):
         return norm.added(input, residual)
@@ -98,10 +106,16 @@ def add_norm(norm: nn.Module, input: Tensor, residual: Tensor) -> tuple[Tensor, 
     )
 
 
+def _sum(input: Tensor, residual: Tensor, in_place: bool) -> Tensor:
+    return input.add_(residual) if in_place else input + residual
+
+
 def _alike(input: Tensor, residual: Tensor) -> bool:
     """Whether a sum has the shape and dtype of both: nothing is broadcast, nothing promoted."""
     return (
-        input.shape == residual.shape
+        isinstance(input, Tensor)
+        and isinstance(residual, Tensor)
+        and input.shape == residual.shape
         and input.dtype is residual.dtype
         and input.dtype.is_floating_point
         and input.device == residual.device

@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.existing import classes, patterns
 from fastnorm.existing.convert import open_modules, require_open
-from fastnorm.existing.fuse import has_norms, required_arguments
+from fastnorm.existing.fuse import has_norms, plain_arguments
 from fastnorm.structure import layers
 from fastnorm.structure.forward import UntraceableError, capture
 
@@ -98,9 +98,13 @@ def _pairs(owner: nn.Module) -> list[Pair]:
     written = classes.original_class(owner).forward
     if not has_norms(owner) or "forward" in owner.__dict__:
         return []
-    try:
-        graph = capture(owner, written, required_arguments(written), {}).graph
-    except UntraceableError:
+    graph = None
+    for args in plain_arguments(written):
+        try:
+            graph = graph or capture(owner, written, args, {}).graph
+        except UntraceableError:
+            continue
+    if graph is None:
         return []
     modules = dict(owner.named_modules(remove_duplicate=False))
     called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,14 @@ from fastnorm.existing import classes, patterns
 from fastnorm.existing.classes import PLANS
 from fastnorm.existing.convert import open_modules, require_open
 from fastnorm.structure import layers
-from fastnorm.structure.forward import SIMPLE, Captured, Guard, UntraceableError, capture
+from fastnorm.structure.forward import (
+    SIMPLE,
+    Captured,
+    Guard,
+    UntraceableError,
+    capture,
+    is_tensors,
+)
 
 BAKED = ("activation", "negative_slope", "alpha", "approximate")
 """Attributes of a norm or activation that a plan has as they were."""
@@ -129,6 +136,9 @@ def _way(module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
             inputs.append(value)
         elif isinstance(value, SIMPLE):
             key.append((name, type(value), value))
+        elif is_tensors(value):
+            key.append((name, type(value), len(value)))
+            inputs += value
         elif isinstance(value, fx.Proxy):
             return None, []
         else:
@@ -209,25 +219,33 @@ def _called(module: nn.Module) -> list[nn.Module]:
 
 def first_plans(module: nn.Module) -> dict[Any, Plan | str]:
     """Plans of the plainest call, with required arguments alone, in training and evaluation."""
-    written = type(module).forward
-    args = required_arguments(written)
+    tried = []
+    for args in plain_arguments(type(module).forward):
+        tried.append(_plans_of(module, args))
+        if any(isinstance(plan, Plan | Nothing) for plan in tried[-1].values()):
+            return tried[-1]
+    return tried[0]
+
+
+def _plans_of(module: nn.Module, args: tuple[object, ...]) -> dict[Any, Plan | str]:
     plans: dict[Any, Plan | str] = {}
     was = module.training
     for training in (True, False):
         module.training = training
         try:
             key, _ = _way(module, args, {})
-            plans[key] = plan_for(module, written, args, {})
+            plans[key] = plan_for(module, type(module).forward, args, {})
         finally:
             module.training = was
     return plans
 
 
-def required_arguments(forward: Callable[..., Any]) -> tuple[Tensor, ...]:
-    """A tensor for each positional argument without a default, but self."""
+def plain_arguments(forward: Callable[..., Any]) -> Iterator[tuple[object, ...]]:
+    """Something for each positional argument without a default but self: a tensor, or a list."""
     parameters = list(inspect.signature(forward).parameters.values())[1:]
-    return tuple(
-        torch.empty(0)
+    count = sum(
+        one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
         for one in parameters
-        if one.default is one.empty and one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)
     )
+    yield (torch.empty(0),) * count
+    yield ([torch.empty(0)],) * count

@@ -3,14 +3,10 @@
 from torch import fx, nn
 
 from fastnorm.structure import layers
+from fastnorm.structure.forward import IN_PLACE
 
 SUMS = {"add": False, "iadd": True, "add_": True}
 """Functions and methods that add; whether in place."""
-
-IN_PLACE = frozenset((
-    "setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand",
-    "ior", "ixor", "ilshift", "irshift", "iconcat",
-))  # fmt: skip
 
 ACTIVATION_FUNCTIONS = {
     "relu": "relu", "relu_": "relu", "relu6": "relu6", "leaky_relu": "leaky_relu",
@@ -67,7 +63,7 @@ def changes(node: fx.Node) -> bool:
     """Whether a function or method changes an argument."""
     name = function(node)
     return (
-        name in IN_PLACE
+        name in (*IN_PLACE, "setitem")
         or (name.endswith("_") and not name.startswith("__"))
         or bool(node.kwargs.get("inplace"))
         or "out" in node.kwargs

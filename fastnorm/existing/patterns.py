@@ -107,9 +107,11 @@ class Graph:
         layer = node.args[0]
         if kind == "batch" and self._is_layer_for(node, layer) and "+" not in parts:
             run, parts = [layer, *run], [str(layer.target), *parts]  # type: ignore[list-item, union-attr]
-        if len(run) == 1 or self._disturbed(run):
-            return None
-        return Fusion(run, parts, [str(node.target)])
+        while len(run) > 1 and self._disturbed(run):
+            if run[-1] is node:  # the layer before it
+                return None
+            run, parts = run[:-1], parts[:-1]
+        return Fusion(run, parts, [str(node.target)]) if len(run) > 1 else None
 
     def _is_layer_for(self, node: fx.Node, layer: object) -> bool:
         """Whether `layer` is called for this norm alone, and can be one operation with it."""
@@ -237,7 +239,9 @@ class Graph:
         total, node = run.nodes
         with self.graph.inserting_before(total):
             norm = self.graph.get_attr(str(node.target))
-            both = self.graph.call_function(calls.add_norm, (norm, *total.args))
+            both = self.graph.call_function(
+                calls.add_norm, (norm, *total.args, nodes.SUMS[nodes.function(total)])
+            )
             output = self.graph.call_function(operator.getitem, (both, 0))
             summed = self.graph.call_function(operator.getitem, (both, 1))
         node.replace_all_uses_with(output)
@@ -258,10 +262,11 @@ class Graph:
                 )
             else:
                 total = next((one for one in run.nodes if self._is_sum(one)), None)
+                in_place = total is not None and nodes.SUMS[nodes.function(total)]
                 others = [] if total is None else [one for one in total.args if one is not node]
                 fused = self.graph.call_function(
                     calls.norm_activation,
-                    (norm, node.args[0], others[0] if others else None, activation),
+                    (norm, node.args[0], others[0] if others else None, activation, in_place),
                 )
         last.replace_all_uses_with(fused)
         self._erase(run)

@@ -29,7 +29,7 @@ def summary(model: nn.Module) -> str:
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8))
     >>> print(fastnorm.summary(fastnorm.convert(model)))
     layer  class        computed by      why
-    ----------------------------------------------
+    ------------------------------------------
     1      BatchNorm1d  fastnorm, fused  0 → 1
     <BLANKLINE>
     0.bias: 1 subtracts each channel's mean, and this bias with it. bias=False saves both

@@ -24,7 +24,8 @@ def group_norm(
     with μ and σ² (biased) of sample n over all positions of the C / num_groups channels of group g.
 
     Args:
-        input: (N, C) or (N, C, *), any floating dtype. Its memory format is kept.
+        input: (N, C) or (N, C, *), any floating dtype. Its memory format is kept, and its dtype,
+            but for float32 under autocast on CUDA, as torch's.
         num_groups: a divisor of C.
         weight, bias: γ and β, (C,), of any floating dtype.
         residual: r, of input's shape; the output's dtype is the promotion of both.

@@ -26,8 +26,9 @@ def layer_norm(
     μ and σ² (biased) are those of each sample's `normalized_shape`.
 
     Args:
-        input: (*, *normalized_shape), any floating dtype, which is the output's. Rows of any stride
-            are read without a copy where the last axis is contiguous.
+        input: (*, *normalized_shape), any floating dtype, which is the output's; under autocast
+            on CUDA that is float32, as torch's. Rows of any stride are read without a copy where
+            the last axis is contiguous.
         weight, bias: γ and β, `normalized_shape`, of any floating dtype.
         activation: as in `batch_norm`.
 
@@ -66,7 +67,8 @@ def rms_norm(
     .. math:: y = \mathrm{act}\Bigl(\frac{x}{\sqrt{\overline{x^2} + \epsilon}}\,\gamma\Bigr)
 
     Args:
-        input: (*, *normalized_shape), any floating dtype, which is the output's.
+        input: (*, *normalized_shape), any floating dtype, which is the output's; float32 under
+            autocast on CUDA.
         weight: γ, `normalized_shape`, of any floating dtype.
         eps: None is the machine epsilon of float32; of float64 for such an input.
         activation: as in `batch_norm`.

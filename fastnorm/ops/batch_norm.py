@@ -62,7 +62,8 @@ class BatchNormFunction(torch.autograd.Function):
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
         if native.is_differentiated(dy):
-            return *_differentiable_backward(ctx, dy), *buffers_and_options
+            saved = (x, weight, bias, stats, y, residual)
+            return *_differentiable_backward(ctx, dy, *saved), *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         with on_device_of(x):
             dx, dz, dw, db = (library if recorded(x) else kernels).backward(
@@ -76,9 +77,17 @@ class BatchNormFunction(torch.autograd.Function):
         return dx, dresidual, dw, db, *buffers_and_options
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """The four gradients in torch operators, for second derivatives."""
-    x, weight, bias, stats, y, residual = ctx.saved_tensors
     dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
     activation = "identity" if y is not None else ctx.activation
     mean, var = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)

@@ -36,11 +36,12 @@ class GroupNormFunction(torch.autograd.Function):
         activation: str,
         view: ChannelView,
         num_groups: int,
+        y_dtype: torch.dtype,
     ) -> Tensor:
         with on_device_of(x):
             y, stats = (library if recorded(x) else kernels).forward(
                 x, residual, weight, bias, running_mean, running_var, momentum,
-                eps, activation, view, num_groups,
+                eps, activation, view, num_groups, y_dtype,
             )  # fmt: skip
         for buffer in (running_mean, running_var):
             if buffer is not None:
@@ -61,9 +62,10 @@ class GroupNormFunction(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
-        buffers_and_options = (None,) * 7
+        buffers_and_options = (None,) * 8
         if native.is_differentiated(dy):
-            return *_differentiable_backward(ctx, dy), *buffers_and_options
+            saved = (x, weight, bias, stats, y, residual)
+            return *_differentiable_backward(ctx, dy, *saved), *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         dz = dx = dw = db = None
         gated = y is not None or residual is not None
@@ -80,9 +82,17 @@ class GroupNormFunction(torch.autograd.Function):
         return dx, dresidual, dw, db, *buffers_and_options
 
 
-def _differentiable_backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+def _differentiable_backward(
+    ctx: Any,
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    stats: Tensor,
+    y: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor | None, ...]:
     """The four gradients in torch operators, for second derivatives."""
-    x, weight, bias, stats, y, residual = ctx.saved_tensors
     dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
     activation = "identity" if y is not None else ctx.activation
     gradients = native.gradients_again(
@@ -110,6 +120,7 @@ def _normalized(
     eps: float,
     residual: Tensor | None,
     activation: str,
+    y_dtype: torch.dtype,
 ) -> Tensor:
     x, view = sample_view(input)
     y: Tensor = GroupNormFunction.apply(
@@ -124,6 +135,7 @@ def _normalized(
         activation,
         view,
         num_groups,
+        y_dtype,
     )
     return y
 
@@ -140,7 +152,10 @@ def group_norm(
     """`functional.group_norm` on Triton kernels; arguments are already checked."""
     if num_groups == 1 and input.ndim == 2 and residual is None:  # rows, of which those know more
         return layer_norm(input, input.shape[1:], weight, bias, eps, activation)
-    return _normalized(input, num_groups, weight, bias, None, None, 0.0, eps, residual, activation)
+    y_dtype = native.output_dtype(input, residual)
+    return _normalized(
+        input, num_groups, weight, bias, None, None, 0.0, eps, residual, activation, y_dtype
+    )
 
 
 def instance_norm(
@@ -169,5 +184,7 @@ def instance_norm(
         )  # fmt: skip
     return _normalized(
         input, input.shape[1], weight, bias, running_mean, running_var, momentum, eps,
-        residual, activation,
+        residual, activation, torch.promote_types(
+            input.dtype, (input if residual is None else residual).dtype
+        ),
     )  # fmt: skip

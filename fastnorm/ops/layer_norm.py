@@ -37,7 +37,7 @@ class LayerNormFunction(torch.autograd.Function):
             y, total, stats = (library if recorded(x) else kernels).forward(
                 as_rows(x, size),
                 None if residual is None else as_rows(residual, size),
-                weight, bias, eps, activation, center, x.shape,
+                weight, bias, eps, activation, center, x.shape, native.output_dtype(x, residual),
             )  # fmt: skip
         ctx.save_for_backward(
             x if total is None else total,

@@ -1,14 +1,17 @@
 """Linear + BatchNorm as a differentiable operation: views, saved tensors, casts. No arithmetic."""
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastnorm.distributed import gathered, summed
 from fastnorm.eager import native
 from fastnorm.eager.linear_batch_norm import (
     bias_gradient,
     differentiable_gradients,
+    differentiable_shared,
     product,
 )
 from fastnorm.eager.sync_batch_norm import count_batch
@@ -21,7 +24,7 @@ from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.layout import as_recorded, channel_view, on_device_of, recorded
 from fastnorm.ops.library import linear_batch_norm as library
 from fastnorm.ops.library import linear_batch_norm_epilogue as epilogue_library
-from fastnorm.ops.sync_batch_norm import linear_sync_batch_norm
+from fastnorm.ops.sync_batch_norm import ProductFunction, sync_batch_norm
 
 
 class GramFunction(torch.autograd.Function):
@@ -45,11 +48,13 @@ class GramFunction(torch.autograd.Function):
         eps: float,
         activation: str,
         view: ChannelView,
+        group: Any = None,
     ) -> Tensor:
         with on_device_of(x):
-            y, folded = (library if recorded(x) else kernels).gram_forward(
+            y, folded = _gram(x, group).gram_forward(
                 x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
                 training, momentum, eps, activation, view,
+                *(() if group is None else (partial(gathered, group=group),)),
             )  # fmt: skip
         _changed(training, running_mean, running_var)
         ctx.save_for_backward(
@@ -58,6 +63,7 @@ class GramFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
         ctx.training, ctx.eps, ctx.activation, ctx.view = training, eps, activation, view
+        ctx.group = group
         return y
 
     @staticmethod
@@ -65,7 +71,12 @@ class GramFunction(torch.autograd.Function):
         x, y, weight, bias, norm_weight, norm_bias, *found = ctx.saved_tensors
         folded = kernels.Folded(*found)
         wanted = ctx.needs_input_grad[:5]
-        buffers_and_options = (None,) * 7
+        buffers_and_options = (None,) * 8
+        if native.is_differentiated(dy) and ctx.group is not None:
+            return *differentiable_shared(
+                (x, weight, norm_weight, norm_bias), wanted, folded.stats[4],
+                ctx.bias_like, ctx.eps, ctx.activation, ctx.group, dy,
+            ), *buffers_and_options  # fmt: skip
         if native.is_differentiated(dy):
             return *differentiable_gradients(
                 (x, weight, bias, norm_weight, norm_bias), wanted,
@@ -73,13 +84,19 @@ class GramFunction(torch.autograd.Function):
                 ctx.bias_like, ctx.eps, ctx.activation, dy,
             ), *buffers_and_options  # fmt: skip
         with on_device_of(x):
-            dx, dw, db, dgamma, dbeta = (library if recorded(x) else kernels).gram_backward(
+            dx, dw, db, dgamma, dbeta = _gram(x, ctx.group).gram_backward(
                 _laid_out(dy, ctx.view), x, y, weight, norm_weight, norm_bias,
                 None if ctx.bias_like is None else ctx.bias_like[1],
                 folded, ctx.activation, ctx.view, wanted,
+                *(() if ctx.group is None else (partial(summed, group=ctx.group),)),
             )  # fmt: skip
         db = bias_gradient(db, wanted[2], ctx.bias_like)
         return dx, dw, db, dgamma, dbeta, *buffers_and_options
+
+
+def _gram(x: Tensor, group: Any) -> Any:
+    """The launchers, as operators where those are to be seen; those take no callable."""
+    return library if group is None and recorded(x) else kernels
 
 
 class EpilogueFunction(torch.autograd.Function):
@@ -166,11 +183,8 @@ def linear_batch_norm(
     group: Any = None,
 ) -> Tensor:
     """`eager.linear_batch_norm` on Triton kernels."""
-    if group is not None:
-        return linear_sync_batch_norm(
-            input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
-            momentum, eps, activation, algorithm, num_batches_tracked, group,
-        )  # fmt: skip
+    if group is not None and torch.compiler.is_compiling():
+        algorithm = "unfused"
     x, view = channel_view(input)
     if algorithm == "auto":
         backward = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
@@ -184,8 +198,18 @@ def linear_batch_norm(
         buffers = tuple(None if b is None else b.contiguous() for b in buffers)
     elif any(b is not None and not b.is_contiguous() for b in buffers):
         algorithm = "unfused"  # moved in place, and the kernels know no strides of theirs
-    if weight.numel() == 0 or (algorithm == "epilogue" and not view.columns):
+    if weight.numel() == 0 or x.numel() == 0 or (algorithm == "epilogue" and not view.columns):
         algorithm = "unfused"
+    if group is not None and algorithm != "gram":
+        found = None
+        if algorithm == "epilogue":
+            z, *found = ProductFunction.apply(x, weight.contiguous(), bias, view)
+        else:
+            z = product(input, weight, bias, training)
+        return sync_batch_norm(
+            z, running_mean, running_var, norm_weight, norm_bias,
+            momentum, eps, None, activation, num_batches_tracked, group, found,
+        )  # fmt: skip
     if algorithm == "unfused":
         return batch_norm(
             product(input, weight, bias, training), running_mean, running_var, norm_weight,
@@ -206,5 +230,6 @@ def linear_batch_norm(
         eps,
         activation,
         view,
+        *(() if algorithm == "epilogue" else (group,)),
     )
     return y.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1) if as_rows else y

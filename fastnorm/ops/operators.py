@@ -6,6 +6,7 @@ not trace how a tensor is laid out, and the functions are told sizes, where they
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ __all__ = [
     "layer_norm",
     "linear_batch_norm",
     "rms_norm",
+    "sync_batch_norm",
 ]
+
+sync_batch_norm = ops.sync_batch_norm  # no operator: Dynamo traces what processes exchange
 
 
 def _moves(momentum: Tensor | None, share: float | None) -> float | Tensor | None:
@@ -258,7 +262,13 @@ def linear_batch_norm(
     activation: str,
     algorithm: str,
     num_batches_tracked: Tensor | None,
+    group: Any = None,
 ) -> Tensor:
+    if group is not None:  # Dynamo traces what processes exchange
+        return ops.linear_batch_norm(
+            input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
+            training, momentum, eps, activation, algorithm, num_batches_tracked, group,
+        )  # fmt: skip
     y: Tensor = torch.ops.fastnorm.linear_batch_norm(
         input, weight, bias, running_mean, running_var, norm_weight, norm_bias,
         training, *moving(momentum), eps, activation, algorithm, num_batches_tracked,

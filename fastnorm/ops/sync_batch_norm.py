@@ -9,14 +9,13 @@ from torch import Tensor
 
 from fastnorm import eager
 from fastnorm.distributed import gathered, summed
-from fastnorm.eager.linear_batch_norm import bias_gradient, product
+from fastnorm.eager import native
+from fastnorm.eager.linear_batch_norm import bias_gradient
 from fastnorm.eager.sync_batch_norm import count_batch, differentiable_gradients
 from fastnorm.kernels import batch_norm as kernels
-from fastnorm.kernels import cost
 from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels import sync_batch_norm as sync
-from fastnorm.kernels.launch import ChannelView, device_of
-from fastnorm.kernels.products import precision
+from fastnorm.kernels.launch import ChannelView
 from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of
 
 
@@ -65,7 +64,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
         x, weight, bias, stats, count, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
-        if torch.is_grad_enabled():  # create_graph: the gradient itself must be differentiable
+        if native.is_differentiated(dy):
             return *differentiable_gradients(ctx, dy), *buffers_and_options
         with on_device_of(x):
             dx, dz, dw, db = sync.backward(
@@ -93,6 +92,7 @@ class ProductFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, view: ChannelView
     ) -> tuple[Tensor, ...]:
         with on_device_of(x):
+            bias = None if bias is None else bias.contiguous()
             z, found = epilogue.product(x, weight, bias, view, training=True)
         assert found is not None
         ctx.mark_non_differentiable(*found)
@@ -108,48 +108,6 @@ class ProductFunction(torch.autograd.Function):
         dx = dz @ weight if wants_dx else None
         dw = dz.T @ x if wants_dw else None
         return dx, dw, bias_gradient(None, wants_db, ctx.bias_like), None  # view
-
-
-def linear_sync_batch_norm(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    momentum: float | Tensor | None,
-    eps: float,
-    activation: str,
-    algorithm: str,
-    num_batches_tracked: Tensor | None,
-    group: Any,
-) -> Tensor:
-    """Linear layer, then `sync_batch_norm`: the statistics come with the product or after it.
-
-    "gram" is served by "epilogue": what the processes exchange is of Z.
-    """
-    x, view = channel_view(input)
-    if algorithm == "auto":
-        M, K, N = view.N * view.S, view.C, weight.shape[0]
-        backward = torch.is_grad_enabled() and (input.requires_grad or weight.requires_grad)
-        algorithm = cost.choose(
-            M, K, N, x.dtype, activation, device_of(x.device), True, backward,
-            columns=view.columns, precision=precision(x.dtype), shared=True,
-        )  # fmt: skip
-    found = None
-    # an empty part has no tiles, and under torch.compile no kernel runs
-    rows = x.ndim == 2 and view.columns and x.numel() > 0 and weight.numel() > 0
-    if algorithm == "unfused" or not rows or torch.compiler.is_compiling():
-        z = product(input, weight, bias, training=True)
-    else:
-        z, *found = ProductFunction.apply(
-            x, weight.contiguous(), None if bias is None else bias.contiguous(), view
-        )
-    return sync_batch_norm(
-        z, running_mean, running_var, norm_weight, norm_bias,
-        momentum, eps, None, activation, num_batches_tracked, group, found,
-    )  # fmt: skip
 
 
 def sync_batch_norm(

@@ -6,6 +6,7 @@ members of a ModuleList), or ends the attempt with a reason: values that are ask
 absences of what was computed, random numbers, contexts, attributes that are set.
 """
 
+import operator
 import sys
 import sysconfig
 import threading
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx, nn
@@ -30,10 +31,24 @@ FICKLE = frozenset((
     "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "random", "getrandbits",
     "time", "perf_counter", "print", "hasattr", "is_tensor",
 ))  # fmt: skip
+IN_PLACE = (
+    "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior",
+    "ixor", "ilshift", "irshift",
+)  # fmt: skip
 STANDARD = sysconfig.get_path("stdlib")
 CONTEXT_FILES = ("_contextlib.py", "autocast_mode.py", "grad_mode.py", "checkpoint.py")
 
 _tracing = threading.Lock()  # torch.fx replaces methods of nn.Module meanwhile
+
+
+def is_tensors(value: object) -> TypeGuard[list[torch.Tensor] | tuple[torch.Tensor, ...]]:
+    """Whether an argument is a list or tuple of tensors, which are placeholders each."""
+    return (
+        isinstance(value, list | tuple)
+        and type(value) in (list, tuple)
+        and len(value) > 0
+        and all(isinstance(one, torch.Tensor) for one in value)
+    )
 
 
 class UntraceableError(Exception):
@@ -76,7 +91,8 @@ def capture(
 ) -> Captured:
     """The graph of `forward(module, *args, **kwargs)`.
 
-    Tensors, and values that are not SIMPLE, become placeholders in the order of the arguments.
+    Tensors, those of a list or tuple each, and values that are not SIMPLE become placeholders, in
+    the order of the arguments.
 
     Raises:
         UntraceableError: with the reason.
@@ -122,6 +138,22 @@ class _Value(fx.Proxy):
         raise UntraceableError("it changes the type of what it computed")
 
 
+def _in_place(name: str) -> Callable[[fx.Proxy, object], fx.Proxy]:
+    """`x += y` as what it is: torch.fx would note x + y, and the change of x be lost."""
+
+    def change(self: fx.Proxy, other: object) -> fx.Proxy:
+        proxy: fx.Proxy = self.tracer.create_proxy(
+            "call_function", getattr(operator, name), (self, other), {}
+        )
+        return proxy
+
+    return change
+
+
+for _name in IN_PLACE:
+    setattr(_Value, f"__{_name}__", _in_place(_name))
+
+
 class _Tracer(fx.Tracer):
     """Traces one call; every child is whole, and other threads go on as if nothing was."""
 
@@ -147,11 +179,25 @@ class _Tracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         args = [self._argument(f"arg_{i}", value) for i, value in enumerate(self.args)]
         kwargs = {name: self._argument(name, value) for name, value in self.kwargs.items()}
-        return lambda: self.forward(self.root, *args, **kwargs), []
+        lists = [(value, list(value)) for value in (*args, *kwargs.values()) if type(value) is list]
+        self.lists = [now for now, _ in lists]
+
+        def call() -> Any:
+            output = self.forward(self.root, *args, **kwargs)
+            if any(
+                len(now) != len(then) or any(map(operator.is_not, now, then)) for now, then in lists
+            ):
+                raise UntraceableError("it changes a list that it is given")
+            return output
+
+        return call, []
 
     def _argument(self, name: str, value: object) -> object:
         if isinstance(value, SIMPLE):
             return value
+        if is_tensors(value):
+            parts = [self._argument(f"{name}_{i}", one) for i, one in enumerate(value)]
+            return parts if type(value) is list else tuple(parts)
         proxy = self.create_proxy("placeholder", name, (), {})
         proxy.node.meta["is_tensor"] = isinstance(value, torch.Tensor)
         return proxy
@@ -159,6 +205,8 @@ class _Tracer(fx.Tracer):
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
+        if any(one is given for one in (*args, *kwargs.values()) for given in self.lists):
+            raise UntraceableError("it passes on a list that it is given")
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -3,7 +3,10 @@
 import math
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
 
 import torch
 
@@ -45,14 +48,31 @@ class Summary:
     worst_case: Case
 
 
-def examined(cases: Iterable[Case], device: torch.device) -> Iterator[Examined]:
-    """Each case once; a GPU's and the eager path's also a second time, for the bits."""
-    twice = not interprets(device)
-    for case in cases:
-        with warnings.catch_warnings():
-            # NumPy's, of infinities inside the interpreter
-            warnings.simplefilter("ignore", RuntimeWarning)
-            yield Examined(case, examine(case, device, twice=twice))
+def examined(
+    cases: Iterable[Case], device: torch.device, *, backend: str = "auto", jobs: int = 1
+) -> Iterator[Examined]:
+    """Each case, in order; `jobs` processes share them, since compiling takes most of the time.
+
+    A GPU's and the eager path's calls are made a second time, for the bits.
+    """
+    if jobs == 1:
+        with fastnorm.use_backend(backend):
+            yield from (_examined(case, device) for case in cases)
+        return
+    with ProcessPoolExecutor(jobs, get_context("spawn"), _start, (backend,)) as pool:
+        yield from pool.map(partial(_examined, device=device), cases, chunksize=4)
+
+
+def _start(backend: str) -> None:
+    """In a worker: the backend that was asked for, and one thread."""
+    torch.set_num_threads(1)
+    fastnorm.use_backend(backend).__enter__()
+
+
+def _examined(case: Case, device: torch.device) -> Examined:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # NumPy's, of infinities as inputs
+        return Examined(case, examine(case, device, twice=not interprets(device)))
 
 
 def summaries(found: Iterable[Examined]) -> list[Summary]:

@@ -1,0 +1,197 @@
+"""Host time of a call on tensors so small that nothing else counts.
+
+    python bench/bench_calls.py [--rounds N] [--out FILE]
+
+Every module against torch.nn's on a CPU; then what the host does for a launch, with kernels that
+return at once: as a call of this library does it, and by the operators of torch.library, which a
+graph needs and a call does without. Forward alone is without gradients.
+"""
+
+import argparse
+import contextlib
+import importlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from triton.runtime.jit import JITFunction
+
+import fastnorm
+from fastnorm import backend
+from fastnorm.bench.harness import GAUGE, compare, device_name, table, write_json
+
+
+class AddNorm(nn.Module):
+    """What a block of torch.nn's does at the place of an AddLayerNorm or AddRMSNorm."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = input + residual
+        return self.norm(total), total
+
+
+# name: (ours, torch.nn's, shape, inputs)
+MODULES: dict[str, tuple[Callable[[], nn.Module], Callable[[], nn.Module], tuple[int, ...], int]]
+MODULES = {
+    "BatchNorm1d": (lambda: fastnorm.BatchNorm1d(8), lambda: nn.BatchNorm1d(8), (4, 8), 1),
+    "BatchNorm2d": (lambda: fastnorm.BatchNorm2d(8), lambda: nn.BatchNorm2d(8), (2, 8, 4, 4), 1),
+    "BatchNorm3d": (lambda: fastnorm.BatchNorm3d(4), lambda: nn.BatchNorm3d(4), (2, 4, 2, 2, 2), 1),
+    "InstanceNorm2d": (
+        lambda: fastnorm.InstanceNorm2d(8, affine=True),
+        lambda: nn.InstanceNorm2d(8, affine=True), (2, 8, 4, 4), 1,
+    ),
+    "GroupNorm": (lambda: fastnorm.GroupNorm(2, 8), lambda: nn.GroupNorm(2, 8), (2, 8, 4, 4), 1),
+    "LayerNorm": (lambda: fastnorm.LayerNorm(16), lambda: nn.LayerNorm(16), (4, 16), 1),
+    "RMSNorm": (lambda: fastnorm.RMSNorm(16), lambda: nn.RMSNorm(16), (4, 16), 1),
+    "AddLayerNorm": (
+        lambda: fastnorm.AddLayerNorm(16), lambda: AddNorm(nn.LayerNorm(16)), (4, 16), 2,
+    ),
+    "AddRMSNorm": (lambda: fastnorm.AddRMSNorm(16), lambda: AddNorm(nn.RMSNorm(16)), (4, 16), 2),
+    "LinearBatchNorm": (
+        lambda: fastnorm.LinearBatchNorm(16, 16),
+        lambda: nn.Sequential(nn.Linear(16, 16, bias=False), nn.BatchNorm1d(16), nn.ReLU()),
+        (8, 16), 1,
+    ),
+    "Conv2dBatchNorm": (
+        lambda: fastnorm.Conv2dBatchNorm(4, 4, 3),
+        lambda: nn.Sequential(nn.Conv2d(4, 4, 3, bias=False), nn.BatchNorm2d(4), nn.ReLU()),
+        (2, 4, 5, 5), 1,
+    ),
+}  # fmt: skip
+
+
+def _calls(module: nn.Module, inputs: list[Tensor]) -> dict[str, Callable[[], Any]]:
+    """Forward in training without gradients; forward and backward."""
+    leaves = [*inputs, *module.parameters()]
+
+    def outputs() -> tuple[Tensor, ...]:
+        found = module(*inputs)
+        return found if isinstance(found, tuple) else (found,)
+
+    def forward() -> None:
+        with torch.no_grad():
+            module(*inputs)
+
+    dys = [torch.ones_like(y) for y in outputs()]
+    return {
+        "forward": forward,
+        "forward and backward": lambda: torch.autograd.grad(outputs(), leaves, dys),
+    }
+
+
+def _inputs(shape: tuple[int, ...], count: int) -> list[Tensor]:
+    return [torch.randn(shape, requires_grad=True) for _ in range(count)]
+
+
+def on_a_cpu(rounds: int) -> tuple[list[list[object]], list[dict[str, Any]]]:
+    """Microseconds of ours, and torch.nn's time over it."""
+    rows, results = [], []
+    for name, (ours, theirs, shape, count) in MODULES.items():
+        row: list[object] = [name]
+        inputs = _inputs(shape, count)
+        both = _calls(ours(), inputs), _calls(theirs(), inputs)
+        for stage in both[0]:
+            found = compare(
+                {"ours": both[0][stage], "torch": both[1][stage]}, "torch", rounds=rounds
+            )
+            row += [found["ours"].best * 1e6, found["ours"].ratio, found[GAUGE].ratio]
+            results.append({"module": name, "pass": stage, **found.extra_info("ours")})
+        rows.append(row)
+    return rows, results
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    pass
+
+
+def _yes(x: Tensor) -> bool:
+    return True
+
+
+@contextlib.contextmanager
+def launching_nothing() -> Iterator[None]:
+    """Within the block CPU tensors take the launchers, and no kernel runs."""
+    with (
+        mock.patch.object(JITFunction, "run", _nothing),
+        mock.patch.object(backend, "_require_triton", _nothing),
+        fastnorm.use_backend("triton"),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _by_operators() -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        for family in FAMILIES:
+            module = importlib.import_module(f"fastnorm.ops.{family}")
+            stack.enter_context(mock.patch.object(module, "recorded", _yes))
+        yield
+
+
+FAMILIES = ("batch_norm", "group_norm", "layer_norm", "linear_batch_norm")
+TIMES = 200  # calls of a sample: entering and leaving a patch takes longer than one
+
+
+def _repeated(call: Callable[[], Any], by_operators: bool) -> Callable[[], None]:
+    def many() -> None:
+        with _by_operators() if by_operators else contextlib.nullcontext():
+            for _ in range(TIMES):
+                call()
+
+    return many
+
+
+def of_a_launch(rounds: int) -> tuple[list[list[object]], list[dict[str, Any]]]:
+    """Microseconds of ours, of torch.nn's on a CPU, and what the operators add."""
+    rows, results = [], []
+    for name, (ours, theirs, shape, count) in MODULES.items():
+        row: list[object] = [name]
+        inputs = _inputs(shape, count)
+        reference = _calls(theirs(), inputs)
+        with launching_nothing():
+            direct = _calls(ours(), inputs)
+            for stage, call in direct.items():
+                inner = {"ours": call, "operators": call, "torch": reference[stage]}
+                ways = {way: _repeated(inner[way], way == "operators") for way in inner}
+                found = compare(ways, "torch", rounds=rounds)
+                best = {way: found[way].best * 1e6 / TIMES for way in ways}
+                row += [best["ours"], best["operators"] - best["ours"], best["torch"]]
+                results.append({"launch": name, "pass": stage, "calls": TIMES,
+                                **{way: found.extra_info(way) for way in ways}})  # fmt: skip
+        rows.append(row)
+    return rows, results
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--out", type=Path, help="where to write the JSON")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    print(f"{device_name('cpu')}, torch {torch.__version__}")
+    rows, results = on_a_cpu(options.rounds)
+    header = ["CPU", "fwd us", "torch/ours", "gauge", "fwd+bwd us", "torch/ours", "gauge"]
+    print(table(header, rows))
+    rows, more = of_a_launch(options.rounds)
+    header = [
+        "launch",
+        "fwd us",
+        "+ operators",
+        "torch CPU",
+        "fwd+bwd us",
+        "+ operators",
+        "torch CPU",
+    ]
+    print(table(header, rows))
+    if options.out:
+        write_json(options.out, "cpu", results + more)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""fold: equal outputs in evaluation from fewer layers; a new model; refused in training."""
+
+import copy
+
+import pytest
+import torch
+from architectures import SMALL
+from side_by_side import near
+from torch import nn
+
+import fastnorm
+
+PAIRS = {
+    "Linear": (lambda: nn.Linear(4, 6), nn.BatchNorm1d, (5, 4)),
+    "Conv1d": (lambda: nn.Conv1d(4, 6, 3, padding=1, bias=False), nn.BatchNorm1d, (2, 4, 7)),
+    "Conv2d": (lambda: nn.Conv2d(4, 6, 3, groups=2), nn.BatchNorm2d, (2, 4, 5, 5)),
+    "reflect": (
+        lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"), nn.BatchNorm2d, (2, 4, 5, 5),
+    ),
+    "Conv3d": (lambda: nn.Conv3d(4, 6, 2), nn.BatchNorm3d, (2, 4, 3, 3, 3)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(4, 6, 3), nn.BatchNorm1d, (2, 4, 5)),
+    "ConvTranspose2d": (
+        lambda: nn.ConvTranspose2d(4, 6, 3, 2, groups=2), nn.BatchNorm2d, (2, 4, 3, 3),
+    ),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(4, 6, 2), nn.BatchNorm3d, (2, 4, 2, 2, 2)),
+}  # fmt: skip
+
+
+def trained(model, shape):
+    """With statistics and parameters that are no defaults, in evaluation."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for name, tensor in module.state_dict().items():
+                if tensor.is_floating_point():
+                    values = torch.rand(tensor.shape, generator=generator)
+                    tensor.copy_(values + (0.5 if "var" in name else -0.3))
+    return model.eval(), torch.randn(shape, generator=generator)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("name", PAIRS)
+def test_pairs(name, affine):
+    layer, norm, shape = PAIRS[name]
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(), norm(6, eps=0.1, affine=affine), nn.ReLU())
+    model, x = trained(model, shape)
+    state = copy.deepcopy(model.state_dict())
+    for source in (model, fastnorm.convert(copy.deepcopy(model))):
+        folded = fastnorm.fold(source)
+        near(folded(x), model(x))
+        assert not folded.training
+        assert not [one for one in folded.modules() if isinstance(one, norm)]
+        assert isinstance(source[1], norm)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+    half = fastnorm.fold(model.bfloat16())
+    assert half[0].weight.dtype == half[0].bias.dtype == torch.bfloat16
+    near(half(x.bfloat16()), model(x.bfloat16()), steps=8)
+
+
+def test_training_mode_is_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    with pytest.raises(ValueError, match=r"Sequential is in training mode: call model.eval\(\)"):
+        fastnorm.fold(model)
+    model.eval()
+    model[1].train()
+    with pytest.raises(ValueError, match="but 1 is in training mode"):
+        fastnorm.fold(model)
+    assert type(model[1]) is nn.BatchNorm1d
+
+
+def test_linear_on_three_axes_is_refused_when_it_comes():
+    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5)).eval()
+    folded = fastnorm.fold(model)
+    x = torch.randn(3, 5, 4)
+    model(x)  # normalizes axis 1
+    with pytest.raises(ValueError, match=r"folded for 2 axes, but got \[3, 5, 5\]"):
+        folded(x)
+
+
+class Shared(nn.Module):
+    """Two norms after one layer, a norm after two layers, an output that is used twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.first, self.second = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+        self.one, self.two, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.seen, self.last = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.read, self.plain = nn.Linear(4, 4), nn.BatchNorm1d(4)
+        self.untracked_layer = nn.Linear(4, 4)
+        self.untracked = nn.BatchNorm1d(4, track_running_stats=False)
+
+    def forward(self, x):
+        x = self.first(self.layer(x)) + self.second(self.layer(x))
+        x = self.norm(self.one(x)) + self.norm(self.two(x))
+        z = self.seen(x)
+        x = self.last(z) + z
+        x = self.plain(self.read(x)) + self.read.weight.mean()
+        return self.untracked(self.untracked_layer(x))
+
+
+def test_what_serves_two_is_not_folded():
+    torch.manual_seed(0)
+    model, x = trained(Shared(), (6, 4))
+    folded = fastnorm.fold(model)
+    near(folded(x), model(x))
+    assert sum(isinstance(one, nn.BatchNorm1d) for one in folded.modules()) == 6
+    tied = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Sequential())
+    tied[2].append(tied[0])
+    tied, x = trained(tied, (6, 4))
+    near(fastnorm.fold(tied)(x), tied(x))
+
+
+def test_tied_weights_are_untied():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    model, x = trained(model, (6, 4))
+    folded = fastnorm.fold(model)
+    near(folded(x), model(x))
+    assert torch.equal(folded[2].weight, model[0].weight)
+
+
+def test_hooks_stay():
+    model, x = trained(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), (6, 4))
+    seen = []
+    model[1].register_forward_hook(lambda *_: seen.append(1))
+    folded = fastnorm.fold(model)
+    assert isinstance(folded[1], nn.BatchNorm1d)
+    near(folded(x), model(x))
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "shape"),
+    [
+        (lambda: fastnorm.LinearBatchNorm(4, 6, activation="silu"), (2, 3, 4)),
+        (lambda: fastnorm.Conv2dBatchNorm(4, 6, 3, bias=True), (2, 4, 5, 5)),
+        (
+            lambda: nn.Sequential(nn.Linear(4, 6), fastnorm.BatchNorm1d(6, activation="tanh")),
+            (3, 4),
+        ),
+    ],
+)
+def test_our_layers(make, shape):
+    torch.manual_seed(0)
+    model, x = trained(make(), shape)
+    near(fastnorm.fold(model)(x), model(x))
+    wrapped = nn.Sequential(model).eval()
+    folded = fastnorm.fold(wrapped)
+    near(folded(x), model(x))
+    assert not [one for one in folded.modules() if isinstance(one, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_architectures(name):
+    torch.manual_seed(0)
+    model, x = trained(SMALL[name](), (2, 3, 32, 32))
+    for source in (model, fastnorm.convert(copy.deepcopy(model))):
+        folded = fastnorm.fold(source)
+        near(folded(x), model(x))
+        left = [one for one in folded.modules() if isinstance(one, nn.BatchNorm2d)]
+        before = 6 if name == "DenseNet" else 0  # those have no layer before them
+        assert len(left) == before
