@@ -68,12 +68,12 @@ def linear_batch_norm_bwd_weight_kernel(
         tl.store(dbeta_partial_ptr + at, tl.sum(dbeta, axis=0), mask=cols < N)
 
 
-# One program owns some rows of [X − x̄ | 1], the right part of a matrix whose left is G.
+# One program owns a tile of X − x̄, which stands right of G in the rows of one matrix.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_bwd_join_kernel(
     x_ptr, mean_ptr, h_ptr,                 # (S, K), (K,), (S, stride)
     N, K, S, stride_h_row,
-    ONES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
     ALIGN_N: tl.constexpr, ALIGN_K: tl.constexpr,
 ):  # fmt: skip
     N, K, S = aligned(N, ALIGN_N), aligned(K, ALIGN_K), S.to(tl.int64)
@@ -86,9 +86,6 @@ def linear_batch_norm_bwd_join_kernel(
     mean = tl.load(mean_ptr + k, mask=k < K, other=0.0).to(x.dtype)
     x = x.to(tl.float32) - mean.to(tl.float32)[None, :]
     store_joined(h_ptr + N, x, row, stride_h_row, inside, k, K)
-    if block == 0:
-        one = tl.full((BLOCK_S, ONES), 1.0, tl.float32)
-        store_joined(h_ptr + N + K, one, row, stride_h_row, inside, tl.arange(0, ONES), ONES)
 
 
 # One program owns one tile of dX. The product with A comes first: it is scaled to the other's unit.

@@ -100,12 +100,13 @@ def joined_operands(
     stride = cdiv(depth, JOINED_LINE) * JOINED_LINE
     h = torch.empty_strided((M, depth), (stride, 1), dtype=x.dtype, device=x.device)
     if x_mean is not None:
+        h[:, N + K :].fill_(1.0)  # in a kernel that few columns would be narrow stores
         elements = TILE_BYTES // x.element_size()
         block_k = min(power_of_two(K), elements // 4)
         block_s = elements // block_k
         linear_batch_norm_bwd_join_kernel[(cdiv(M, block_s) * cdiv(K, block_k),)](
             x, x_mean, h, N, K, M, stride,
-            ONES=PIECES, BLOCK_S=block_s, BLOCK_K=block_k,
+            BLOCK_S=block_s, BLOCK_K=block_k,
             ALIGN_N=divisor_class(N), ALIGN_K=divisor_class(K), num_warps=4,
         )  # fmt: skip
     return h, torch.empty((depth, K), dtype=x.dtype, device=x.device)
