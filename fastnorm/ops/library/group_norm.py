@@ -14,7 +14,8 @@ from fastnorm.ops.library.definition import kernel, moving, spread
 _FORWARD = (
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor{}? running_mean, Tensor{}? running_var, Tensor? momentum, float share, float eps, "
-    "str activation, bool columns, SymInt num_groups, ScalarType? y_dtype) -> (Tensor y, Tensor stats)"
+    "str activation, bool columns, SymInt num_groups, ScalarType? y_dtype) "
+    "-> (Tensor y, Tensor stats)"
 )
 
 
