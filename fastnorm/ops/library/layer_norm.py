@@ -19,13 +19,14 @@ def _forward_fake(
     activation: str,
     center: bool,
     shape: Sequence[int],
-    y_dtype: torch.dtype | None,
+    y_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    y_dtype = dtype if y_dtype is None else y_dtype
+    wide = torch.float64 if y_dtype is torch.float64 else torch.float32
     sums = [] if residual is None else [torch.empty(shape, dtype=dtype, device=x.device)]
     stats = torch.empty(3 if center else 1, x.shape[0], dtype=wide, device=x.device)
-    return [torch.empty(shape, dtype=y_dtype or dtype, device=x.device), *sums, stats]
+    return [torch.empty(shape, dtype=y_dtype, device=x.device), *sums, stats]
 
 
 @kernel(
@@ -42,7 +43,7 @@ def _forward(
     activation: str,
     center: bool,
     shape: Sequence[int],
-    y_dtype: torch.dtype | None,
+    y_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     with on_device_of(x):
         found = kernels.forward(x, residual, weight, bias, eps, activation, center, shape, y_dtype)
@@ -58,7 +59,7 @@ def forward(
     activation: str,
     center: bool,
     shape: Sequence[int],
-    y_dtype: torch.dtype | None,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, ...]:
     found = torch.ops.fastnorm.layer_norm_forward(
         x, residual, weight, bias, eps, activation, center, shape, y_dtype

@@ -23,12 +23,8 @@ _GRAM = (
 )
 
 
-SHARED = 6
-"""Position of the first field of a Folded that is there only where processes share statistics."""
-
-
 def _has(x: Tensor, training: bool) -> tuple[bool, ...]:
-    """Which fields of a Folded are there."""
+    """Which fields of a Folded are there, but for the last: a graph has no other processes."""
     narrow = x.element_size() == 2
     return training, training, True, True, training and narrow, training and not narrow
 
@@ -77,7 +73,7 @@ def _gram_forward(
         torch.empty(0, dtype=dtype, device=x.device)
         for dtype in (wide, wide, wide, wide, whole, single)
     )
-    return y, *(a if t is None else t for t, a in zip(folded[:SHARED], absent, strict=True))
+    return y, *(a if t is None else t for t, a in zip(folded[:6], absent, strict=True))
 
 
 def gram_forward(
@@ -106,8 +102,7 @@ def gram_forward(
         training, *moving(momentum), eps, activation, view.columns,
     )  # fmt: skip
     there = zip(found, _has(x, training), strict=True)
-    fields: list[Any] = [t if has else None for t, has in there]
-    return y, Folded(*fields)
+    return y, Folded._make([*(t if has else None for t, has in there), None])
 
 
 def _gram_wanted(
@@ -184,8 +179,7 @@ def gram_backward(
     wanted: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     found = torch.ops.fastnorm.linear_batch_norm_gram_backward(
-        dy, x, y, weight, norm_weight, norm_bias, bias_dtype, *folded[:SHARED], activation,
-        view.columns,
+        dy, x, y, weight, norm_weight, norm_bias, bias_dtype, *folded[:6], activation, view.columns,
         wanted,
     )  # fmt: skip
     training = folded.x_mean is not None
