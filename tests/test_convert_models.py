@@ -160,12 +160,15 @@ def test_zoo_in_bfloat16(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SMALL)
 def test_our_architectures_train(name, backend):
-    """Also test_fuse.py, one step; here with the kernels. float64: so small a network amplifies."""
+    """Also test_fuse.py; here with the kernels.
+
+    One step in float64: ResNet's last norms see two values a channel, and amplify any rounding.
+    """
     torch.manual_seed(0)
     theirs = SMALL[name]().to(backend, torch.float64)
     ours = fastnorm.convert(copy.deepcopy(theirs))
     x = torch.randn(2, 3, 32, 32, device=backend, dtype=torch.float64)
-    assert_same_training(ours, theirs, lambda model: model(x))
+    assert_same_training(ours, theirs, lambda model: model(x), steps=1)
 
 
 @pytest.mark.slow
