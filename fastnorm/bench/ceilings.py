@@ -42,7 +42,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def measure(device: torch.device, quick: bool) -> Ceilings:
-    """A second or two on a CPU."""
+    """A few seconds on a CPU."""
     largest = 4 * cache_bytes(device) if device.type == "cuda" else 64 * MIB if quick else 256 * MIB
     sizes = sorted({size for size in SIZES if size < largest} | {largest})
     copy = {}
@@ -58,7 +58,7 @@ def measure(device: torch.device, quick: bool) -> Ceilings:
     return Ceilings(copy, products)
 
 
-def best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.1) -> float:
+def best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
     """Of a call, the best of as many as `budget` seconds hold, 5 at least."""
     cuda = device.type == "cuda"
     call()
