@@ -19,11 +19,16 @@ class Ceilings:
 
     copy: dict[int, float]
     products: dict[str, float]
+    cache: int = 0
 
     @property
     def memory(self) -> float:
-        """Bytes a second of the largest copy, which no cache holds."""
-        return self.copy[max(self.copy)]
+        """Bytes a second of the fastest copy that is twice as large as the cache, or the largest.
+
+        On a CPU still larger ones can be slower, by the pages that the system gives them.
+        """
+        beyond = [rate for size, rate in self.copy.items() if size >= 2 * self.cache]
+        return max(beyond, default=self.copy[max(self.copy)])
 
     def seconds(self, bytes: int, flops: int, dtype: torch.dtype) -> float:
         """The least that a pass can take."""
@@ -55,7 +60,7 @@ def measure(device: torch.device, quick: bool) -> Ceilings:
         a, b = torch.randn(2, order, order, device=device).to(dtype)
         seconds = best_seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
         products[str(dtype)[6:]] = 2 * order**3 / seconds
-    return Ceilings(copy, products)
+    return Ceilings(copy, products, cache_bytes(device))
 
 
 def best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
