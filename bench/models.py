@@ -75,9 +75,9 @@ def report(counts: dict[str, tuple[Step, Step]]) -> str:
     lines = [
         "# Whole models, before and after `convert`",
         "",
-        f"One forward and backward of small models (torch {torch.__version__}), counted on a CPU: no",
-        "GPU was involved, and no time is claimed. Remake with `make models`. Before: an operator is",
-        "one launch that reads its operands and writes its results once, also where torch needs",
+        f"One forward and backward of small models (torch {torch.__version__}), counted on a CPU:",
+        "no GPU was involved, and no time is claimed. Remake with `make models`. Before: an operator",
+        "is one launch that reads its operands and writes its results once, also where torch needs",
         "several passes. After: our kernels in Triton's interpreter, every launch and every distinct",
         "address of it, and torch's operators as before. Convolutions, products and attention are",
         "the same on both sides, and so a floor under the ratio.",
