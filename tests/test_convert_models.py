@@ -17,7 +17,7 @@ from side_by_side import (
     tensors_of,
 )
 from torch import nn
-from zoo import ZOO
+from zoo import TEXT, ZOO
 
 import fastnorm
 
