@@ -175,12 +175,13 @@ def accuracy() -> str:
 
 def model() -> str:
     """Microseconds of a training step that the cost model gives an H200."""
-    lines = ["| M, K → N | unfused | epilogue | gram | auto |", "|---|---|---|---|---|"]
+    lines = ["| M, K → N | unfused | epilogue | gram | dX | auto |", "|---|---|---|---|---|---|"]
     for (M, K), N in (SHAPES | LARGER).values():
         p = cost.problem(M, K, N, torch.bfloat16, Device(132), True, True)
         times = [f"{1e6 * f(p):.0f}" for f in (cost.unfused, cost.epilogue, cost.gram)]
         taken = cost.choose(M, K, N, torch.bfloat16, "relu", Device(132), True, True)
-        lines.append(f"| {M}, {K} → {N} | {' | '.join(times)} | {taken} |")
+        form = "library" if cost.joins(p) else "fused"
+        lines.append(f"| {M}, {K} → {N} | {' | '.join(times)} | {form} | {taken} |")
     return "\n".join(lines)
 
 

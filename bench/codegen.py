@@ -161,11 +161,12 @@ def _narrow_products(
 ) -> dict[str, tuple[int, int]]:
     """The same for the operands of a product, whose rows are (b, s)."""
     arguments = launched.arguments
-    rows = arguments["BLOCK_B"] * arguments["BLOCK_S"] if "BLOCK_B" in arguments else 0
+    rows = arguments.get("BLOCK_B", 1) * arguments.get("BLOCK_S", 0)
     found = {}
-    for name, axis in (("x", "K"), ("dx", "K"), ("dy", "N"), ("y", "N"), ("z", "N")):
-        if rows and f"{name}_ptr" in widths:
-            inner = axis if arguments["COLUMNS"] else "S"
+    axes = (("x", "K"), ("dx", "K"), ("dy", "N"), ("y", "N"), ("z", "N"), ("h", "N"), ("h", "K"))
+    for name, axis in axes:
+        if rows and f"{name}_ptr" in widths and f"BLOCK_{axis}" in arguments:
+            inner = axis if arguments.get("COLUMNS", True) else "S"
             size = arguments[f"{name}_ptr"].element_size()
             each = rows * arguments[f"BLOCK_{axis}"] // (32 * launched.options["num_warps"])
             fitting = min(arguments[f"ALIGN_{inner}"], arguments[f"BLOCK_{inner}"])

@@ -13,6 +13,7 @@ FAMILIES = (batch_norm, layer_norm, group_norm, linear_batch_norm)
 # and partial sums.
 LARGE = (
     "dy_ptr", "x_ptr", "y_ptr", "z_ptr", "residual_ptr", "dx_ptr", "dz_ptr", "sum_ptr", "dsum_ptr",
+    "h_ptr",
 )  # fmt: skip
 
 SOURCES = (*FAMILIES, processes)  # those of SyncBatchNorm are BatchNorm's

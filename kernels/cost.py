@@ -23,6 +23,8 @@ MARGIN = {True: 0.95, False: 0.85}
 
 A CPU's rates vary more from machine to machine than a GPU's.
 """
+JOINED_MARGIN = 0.9
+"""The share of P's and dX's time that storing G must stay below: it takes M (N + K) elements."""
 
 # One thread of a CPU: products of 2 to 4 operators' rates measured by bench_linear_batch_norm.py.
 # Only their ratios count, so that the number of threads does not matter.
@@ -44,6 +46,7 @@ class Problem(NamedTuple):
     training: bool
     backward: bool
     device: Device
+    joins: bool  # G may be stored for a library's product: rows, of a dtype with float32's range
 
     def step(self, flops: float, elements: float, rate: float = 0.0, cached: float = 0.0) -> float:
         """Seconds of one operator: its flops, and the elements it reads or writes."""
@@ -92,7 +95,7 @@ def _choose(
     columns: bool,
     precision: str,
 ) -> str:
-    p = problem(M, K, N, dtype, device, training, backward, precision)
+    p = problem(M, K, N, dtype, device, training, backward, precision, columns)
     times = {"unfused": MARGIN[device.fused] * unfused(p)}
     if from_output and dtype is not torch.float64:
         times["gram"] = gram(p)
@@ -110,14 +113,16 @@ def problem(
     training: bool,
     backward: bool,
     precision: str = "ieee",
+    columns: bool = True,
 ) -> Problem:
     rates = {2: device.half, 4: device.tf32 if precision == "tf32" else device.single}
     flops = rates.get(dtype.itemsize, device.double)
     # A GPU's float32 without tensor cores is what libraries do best; Triton reaches half of that.
     plain = device.fused and dtype.itemsize == 4 and precision != "tf32"
     kernel_flops = flops / 2 if plain else flops
+    joins = device.fused and columns and dtype in (torch.bfloat16, torch.float32)
     return Problem(
-        M, K, N, dtype.itemsize, flops, kernel_flops, training, backward, device
+        M, K, N, dtype.itemsize, flops, kernel_flops, training, backward, device, joins
     )  # fmt: skip
 
 
@@ -171,14 +176,39 @@ def gram(p: Problem) -> float:
     if not p.backward:
         return time
     if device.fused:
-        sums = 2 * Y * cdiv(K, 256) + X * cdiv(N, 128)  # dY, Y and X, as often as tiles load them
-        time += p.step(flops, 2 * Y + X, p.kernel_flops, sums)
-        inputs = (2 * Y + X) * cdiv(K, 128) + W * cdiv(M, 128)
-        time += p.step(flops + 2 * M * K * K, 2 * Y + 2 * X, p.kernel_flops, inputs)
+        time += gated(p, joins(p))
     else:
         time += 2 * p.step(flops, Y + X) + p.step(0, 0, cached=4 * Y)
         time += p.step(2 * M * K * K, 2 * X) + 12 * blocks * device.launch
     return time + small + (5 if device.fused else 40) * device.launch
+
+
+def gated(p: Problem, join: bool = False) -> float:
+    """Seconds of gram's P and dX, which both mask dY by Y.
+
+    `join`: P stores G in passing, beside a copy of X, and dX is a library's product of the two.
+    """
+    M, K, N = p.M, p.K, p.N
+    Y, X, W = M * N, M * K, N * K
+    again = M * K if p.training else 0  # X, for its part of dX
+    flops = 2 * M * K * (N + (K if p.training else 0))
+    sums = 2 * Y * cdiv(K, 256) + X * cdiv(N, 128)  # dY, Y and X, as often as tiles load them
+    if join:
+        time = p.step(2 * M * N * K, 3 * Y + X, p.kernel_flops, sums + Y)
+        time += p.step(flops, Y + again + X + W)
+        return time + (p.step(0, 2 * X) + p.device.launch if p.training else 0.0)
+    inputs = (2 * Y + again) * cdiv(K, 128) + W * cdiv(M, 128)
+    time = p.step(2 * M * N * K, 2 * Y + X, p.kernel_flops, sums)
+    return time + p.step(flops, 2 * Y + again + X, p.kernel_flops, inputs)
+
+
+def joins(p: Problem) -> bool:
+    """Whether gram's dX is a library's product of what P stores.
+
+    So it is for wide K, where the fused kernel's tiles load dY and Y again and again, and where a
+    library's products are faster than ours.
+    """
+    return p.joins and gated(p, join=True) < JOINED_MARGIN * gated(p)
 
 
 def _tiles(p: Problem, columns: int = 128) -> float:

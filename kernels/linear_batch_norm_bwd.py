@@ -11,6 +11,7 @@ from fastnorm.kernels.device.matmul import (
     less,
     load_matrix,
     load_rows,
+    store_joined,
     store_matrix,
     store_rows,
     unit_of,
@@ -20,14 +21,16 @@ from fastnorm.kernels.launch import PRODUCT_SIZES
 
 
 # One program owns one tile of P and one share of the rows; tiles are the faster index, so that
-# programs that run together read the same rows.
+# programs that run together read the same rows. Those of the first columns of P store their G.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_bwd_weight_kernel(
     dy_ptr, y_ptr, x_ptr, shift_ptr,        # (B, N, S), or None, (B, K, S), (K,) or None
     p_partial_ptr, dbeta_partial_ptr,       # (P, N, K) or None, (P, N)
-    B, N, K, S, tiles, tiles_per_program,
+    h_ptr, sizes_ptr,                       # (M, stride): G in the unit of α∘W, or None; (F,)
+    B, N, K, S, F, stride_h_row, tiles, tiles_per_program,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
     ALIGN_N: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_S: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = dbeta_partial_ptr.dtype.element_ty
@@ -43,6 +46,9 @@ def linear_batch_norm_bwd_weight_kernel(
     lane = tl.arange(0, BLOCK_B * BLOCK_S)
     p = tl.zeros((BLOCK_N, BLOCK_K), ACC)
     dbeta = tl.zeros((16, BLOCK_N), ACC)
+    if h_ptr is not None:
+        unit, _ = unit_of(sizes_ptr, F, BLOCK_F)
+        unit = unit.to(ACC)
     first = share * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
         b, s, inside = lanes_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
@@ -52,6 +58,9 @@ def linear_batch_norm_bwd_weight_kernel(
         if p_partial_ptr is not None:
             x = less(load_rows(x_ptr, b, s, inside, k, K, S, COLUMNS), shift_ptr, k, K)
             p = tl.dot(tl.trans(g), x, p, input_precision=PRECISION, out_dtype=ACC)
+            if h_ptr is not None:
+                if block_k == 0:
+                    store_joined(h_ptr, g.to(ACC) * unit, b * S + s, stride_h_row, inside, cols, N)
     if p_partial_ptr is not None:
         store_matrix(p_partial_ptr + share.to(tl.int64) * N * K, p, cols, k, N, K)
     if block_k == 0:
@@ -59,12 +68,37 @@ def linear_batch_norm_bwd_weight_kernel(
         tl.store(dbeta_partial_ptr + at, tl.sum(dbeta, axis=0), mask=cols < N)
 
 
+# One program owns some rows of [X − x̄ | 1], the right part of a matrix whose left is G.
+@triton.jit(do_not_specialize=PRODUCT_SIZES)
+def linear_batch_norm_bwd_join_kernel(
+    x_ptr, mean_ptr, h_ptr,                 # (S, K), (K,), (S, stride)
+    N, K, S, stride_h_row,
+    ONES: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN_N: tl.constexpr, ALIGN_K: tl.constexpr,
+):  # fmt: skip
+    N, K, S = aligned(N, ALIGN_N), aligned(K, ALIGN_K), S.to(tl.int64)
+    blocks = tl.cdiv(K, BLOCK_K)
+    block = tl.program_id(0) % blocks
+    row = (tl.program_id(0) // blocks).to(tl.int64) * BLOCK_S + tl.arange(0, BLOCK_S)
+    k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+    inside = row < S
+    x = load_rows(x_ptr, tl.zeros_like(row), row, inside, k, K, S, True)
+    mean = tl.load(mean_ptr + k, mask=k < K, other=0.0).to(x.dtype)
+    x = x.to(tl.float32) - mean.to(tl.float32)[None, :]
+    store_joined(h_ptr + N, x, row, stride_h_row, inside, k, K)
+    if block == 0:
+        one = tl.full((BLOCK_S, ONES), 1.0, tl.float32)
+        store_joined(h_ptr + N + K, one, row, stride_h_row, inside, tl.arange(0, ONES), ONES)
+
+
 # One program owns one tile of dX. The product with A comes first: it is scaled to the other's unit.
+# Where a library's product stands already it does nothing.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_bwd_input_kernel(
     dy_ptr, y_ptr, x_ptr, shift_ptr,        # (B, N, S), or None, (B, K, S), (K,) or None
     aw_ptr, a_ptr, unit_ptr, sizes_ptr,    # (N, K), (2, K, K), (): None in evaluation; (F,)
-    offset_ptr, flag_ptr, dx_ptr,           # (K,), (): whether A's second part counts; (B, K, S)
+    offset_ptr, flag_ptr, todo_ptr,         # (K,), (): whether A's second part counts; ()
+    dx_ptr,                                 # (B, K, S)
     B, N, K, S, F, tiles,
     GATE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -78,6 +112,9 @@ def linear_batch_norm_bwd_input_kernel(
     lane = tl.arange(0, BLOCK_B * BLOCK_S)
     b, s, inside = lanes_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
     dx = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_K), ACC)
+    if todo_ptr is not None:
+        if tl.load(todo_ptr) == 0:
+            return
     if a_ptr is not None:
         parts = 1
         if flag_ptr is not None:

@@ -22,6 +22,9 @@ from fastnorm.kernels.launch import PRODUCT_SIZES
 # How much smaller than the sum of its terms a variance may be before more digits are kept: products
 # of 16 bits that were added up in float32 have an error of some 1e-8 of that sum.
 CANCELLED = tl.constexpr(1e3)
+# What A may be as a bfloat16 or a float32 without a unit of its own.
+SMALLEST = tl.constexpr(2.0**-96)
+LARGEST = tl.constexpr(2.0**96)
 
 
 @triton.jit
@@ -128,7 +131,7 @@ def linear_batch_norm_bwd_fold_kernel(
     p_ptr, total_ptr, w_ptr, mean_ptr,      # (N, K) or None, (N,), (N, K), (K,): None in evaluation
     ws_ptr, stats_ptr, sizes_ptr,           # (N, K) or None, (4, N), (F,)
     dw_ptr, db_ptr, dgamma_ptr, dbeta_ptr,  # (N, K), (N,), (N,), (N,); None: not wanted
-    aw_ptr, vectors_ptr,                    # (N, K), (2, N): α r c₂, α c₁; None: not wanted
+    aw_ptr, vectors_ptr,                    # (N, K), (2, N): α r c₂, c₁ unit; None: not wanted
     own_ptr, sums_ptr, rows_ptr,            # (2, N): dγ, dβ; the same of all, (): rows of all
     M: tl.float64,
     N, K, F,
@@ -167,10 +170,10 @@ def linear_batch_norm_bwd_fold_kernel(
     store_cast(dgamma_ptr, n, dgamma, mask)
     store_cast(dbeta_ptr, n, dbeta, mask)
     store_cast(db_ptr, n, alpha * dbeta, mask)
+    unit, inverse = unit_of(sizes_ptr, F, BLOCK_F)
     if vectors_ptr is not None:
         tl.store(vectors_ptr + n, alpha * rstd * c2, mask=mask)
-        tl.store(vectors_ptr + N + n, alpha * c1, mask=mask)
-    _, inverse = unit_of(sizes_ptr, F, BLOCK_F)
+        tl.store(vectors_ptr + N + n, c1 * unit, mask=mask)
     for start in range(0, K, BLOCK_K):
         k = start + tl.arange(0, BLOCK_K)
         if dw_ptr is not None:
@@ -187,10 +190,11 @@ def linear_batch_norm_bwd_fold_kernel(
             store_matrix(aw_ptr, (alpha * inverse)[:, None] * w, n, k, N, K)
 
 
-# One program owns one tile of −A, and on the first row of tiles a piece of (α c₁)ᵀ W.
+# One program owns one tile of −A, and on the first row of tiles a piece of c₁ᵀ(α∘W), of α∘W as it
+# was rounded: that cancels on the mean of G.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_bwd_products_kernel(
-    w_ptr, vectors_ptr,                     # (N, K), (2, N): α r c₂, α c₁
+    w_ptr, aw_ptr, vectors_ptr,             # (N, K), (N, K), (2, N): α r c₂, c₁ unit
     a_ptr, dx_mean_ptr, sizes_ptr,          # (K, K), (K,), (tiles,): max |A|
     N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN_K: tl.constexpr,
@@ -205,10 +209,11 @@ def linear_batch_norm_bwd_products_kernel(
     for start in range(0, N, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
         slope = tl.load(vectors_ptr + n, mask=n < N, other=0.0)
-        ac1 = tl.load(vectors_ptr + N + n, mask=n < N, other=0.0)
         wi = load_wide(w_ptr, n, i, N, K)
         wj = load_wide(w_ptr, n, j, N, K)
-        dx_mean += tl.sum(wj * ac1[:, None], axis=0)
+        if pid < blocks:
+            c1 = tl.load(vectors_ptr + N + n, mask=n < N, other=0.0)
+            dx_mean += tl.sum(load_wide(aw_ptr, n, j, N, K) * c1[:, None], axis=0)
         wj = wj * -slope[:, None]
         a = tl.dot(tl.trans(wi), wj, a, input_precision="ieee", out_dtype=tl.float64)
     store_matrix(a_ptr, a, i, j, K, K)
@@ -219,14 +224,18 @@ def linear_batch_norm_bwd_products_kernel(
 
 # One program owns BLOCK_K columns of A, which it rounds; of 16 bits, what that takes is a second
 # part, for where a flag is up. x̄ A is of the rounded A: the rounding cancels on the mean.
+# For a library's product, whose X is less x̄ as it is rounded, A has no unit of its own and the
+# offset is so many rows of a bfloat16's digits. Where A is out of range, or has a second part,
+# there is something to do still.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_bwd_round_kernel(
     a_ptr, mean_ptr, dx_mean_ptr,           # (K, K), (K,), (K,)
     sizes_ptr, a_sizes_ptr, flags_ptr,      # (F,): max |α∘W|, (tiles,): max |A|, (F,) or None
     parts_ptr, unit_ptr, offset_ptr, flag_ptr,  # (1 or 2, K, K), (), (K,), () or None
+    joined_ptr, todo_ptr,                   # (K + PIECES, K), (); None: not wanted
     K, F, tiles,
-    SHIFTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_T: tl.constexpr,
-    ALIGN_K: tl.constexpr,
+    PIECES: tl.constexpr, SHIFTED: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_T: tl.constexpr, ALIGN_K: tl.constexpr,
 ):  # fmt: skip
     K = aligned(K, ALIGN_K)
     pid = tl.program_id(0)
@@ -235,19 +244,36 @@ def linear_batch_norm_bwd_round_kernel(
     a_unit, a_inverse = unit_of(a_sizes_ptr, tiles, BLOCK_T)
     up = any_flag(flags_ptr, F, BLOCK_F)
     offset = tl.zeros((BLOCK_K,), tl.float64)
+    joined_offset = -load_or(dx_mean_ptr, j, j < K, 0.0, tl.float64)
     for start in range(0, K, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)
-        a = load_matrix(a_ptr, i, j, K, K) * a_inverse
+        a = load_matrix(a_ptr, i, j, K, K)
+        mean = tl.load(mean_ptr + i, mask=i < K, other=0.0)
+        if joined_ptr is not None:
+            whole = a.to(joined_ptr.dtype.element_ty)
+            store_matrix(joined_ptr, whole, i, j, K, K)
+            rest = rounded_away(mean, joined_ptr, True)
+            joined_offset -= tl.sum(rest[:, None] * whole.to(tl.float64), axis=0)
+        a = a * a_inverse
         counted = a.to(parts_ptr.dtype.element_ty).to(tl.float64)
         store_matrix(parts_ptr, counted, i, j, K, K)
         if flags_ptr is not None:
             second = (a - counted).to(parts_ptr.dtype.element_ty)
             store_matrix(parts_ptr + K * K, second, i, j, K, K)
             counted += tl.where(up, second.to(tl.float64), 0.0)
-        mean = tl.load(mean_ptr + i, mask=i < K, other=0.0)
         offset += tl.sum(rounded_away(mean, offset_ptr, SHIFTED)[:, None] * counted, axis=0)
     offset = -offset * a_unit - tl.load(dx_mean_ptr + j, mask=j < K, other=0.0)
     store_cast(offset_ptr, j, offset, j < K)
+    if joined_ptr is not None:
+        for piece in tl.static_range(PIECES):
+            rounded = joined_offset.to(tl.bfloat16)  # tensor cores may read no more of a float32
+            tl.store(joined_ptr + (K + piece) * K + j, rounded, mask=j < K)
+            joined_offset -= rounded.to(tl.float64)
+        if pid == 0:
+            todo = ~((a_unit > SMALLEST) & (a_unit < LARGEST))
+            if flags_ptr is not None:
+                todo = todo | up
+            tl.store(todo_ptr, todo.to(tl.int32))
     if pid == 0:
         tl.store(unit_ptr, (a_unit * inverse).to(unit_ptr.dtype.element_ty))
         if flags_ptr is not None:

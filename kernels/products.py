@@ -39,6 +39,12 @@ FOLD_ROWS = 16  # of W, that one program folds
 FOLD_COLUMNS = 32
 MERGE_ROWS = 16  # partial Gram matrices that a program adds up at a time
 GROUP = 8  # row tiles that run together, so that both operands stay in the second-level cache
+PIECES = 8
+"""Columns of ones beside G and X, whose rows of the other matrix are added to every row of dX.
+
+Three rows of bfloat16 hold the digits of a float32; eight keep vectors of 16 bytes whole.
+"""
+JOINED_LINE = 64  # elements that rows of G and X are a multiple of: whole lines of memory
 
 
 def product_block(size: int, most: int) -> int:

@@ -49,6 +49,44 @@ def test_who_can_do_epilogue():
     assert chosen(200704, 64, 256, F32, cost.CPU, activation="gelu") == "unfused"
 
 
+def joined(M, K, N, dtype=BF16, device=H200, training=True, **options):
+    return cost.joins(cost.problem(M, K, N, dtype, device, training, True, **options))
+
+
+def test_wide_k_stores_g_for_a_librarys_product():
+    """Each tile of a fused dX loads dY and Y again: with enough of them, storing G costs less."""
+    for training in (True, False):
+        assert joined(65536, 512, 2048, training=training)
+        assert joined(25088, 512, 2048, training=training)
+        assert not joined(200704, 64, 256, training=training)
+        assert not joined(802816, 16, 96, training=training)
+    assert not joined(50176, 256, 1024)
+    assert not joined(65536, 512, 2048, device=replace(H200, cache=1e15)), "nothing to save"
+    assert joined(50176, 256, 1024, device=replace(H200, cache=H200.cache / 2))
+    assert not joined(65536, 512, 2048, device=replace(H200, memory=H200.memory / 4)), "G's bytes"
+    assert not joined(64, 512, 512), "launches"
+
+
+def test_where_g_is_never_stored():
+    for options in ({"dtype": torch.float16}, {"dtype": F64}, {"columns": False}):
+        assert not joined(65536, 512, 2048, **options)
+    assert not joined(65536, 512, 2048, F32, cost.CPU)
+
+
+def test_float32_without_tensor_cores_is_a_librarys():
+    """Ours reach half of its rate; with tensor cores both are alike."""
+    assert joined(200704, 64, 256, F32)
+    assert not joined(200704, 64, 256, F32, precision="tf32")
+
+
+def test_the_choice_counts_in_the_algorithms_time():
+    p = cost.problem(65536, 512, 2048, BF16, H200, True, True)
+    assert cost.gated(p, join=True) < cost.gated(p)
+    saved = cost.gram(p._replace(joins=False)) - cost.gram(p)
+    assert saved == pytest.approx(cost.gated(p) - cost.gated(p, join=True))
+    assert chosen(65536, 512, 2048) == "gram"
+
+
 @pytest.mark.parametrize("sizes", [(0, 4, 3), (5, 0, 3), (5, 4, 0)])
 def test_nothing_to_do(sizes):
     assert chosen(*sizes) == "unfused"

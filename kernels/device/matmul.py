@@ -46,6 +46,14 @@ def store_matrix(ptr, value, i, j, I, J):  # noqa: E741
 
 
 @triton.jit
+def store_joined(ptr, value, row, stride, inside, c, C):
+    """Some columns of a matrix whose rows are longer than C."""
+    value = value.to(ptr.dtype.element_ty)
+    at = (row * stride)[:, None] + c[None, :]
+    tl.store(ptr + at, value, mask=inside[:, None] & (c < C)[None, :])
+
+
+@triton.jit
 def as_float64(t):
     """An operand of a product in float64.
 
