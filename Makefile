@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/gpu
 WORKERS ?= 2
 
-.PHONY: train test test-all check bench results gpu traffic codegen clean
+.PHONY: models train test test-all check bench results gpu traffic codegen clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -36,6 +36,9 @@ results: $(VENV)/.installed  ## README's results and bench/results/cpu.md, from 
 
 traffic: $(VENV)/.installed  ## bytes moved by every operation, over the minimum
 	$(BIN)/python bench/traffic.py --out bench/results/traffic.md
+
+models: $(VENV)/.installed  ## launches and bytes of whole models, before and after convert
+	$(BIN)/python bench/models.py --out bench/results/models.md
 
 codegen: $(VENV)/.installed  ## registers, spills and vector widths of every kernel, on every target
 	$(BIN)/python bench/codegen.py --out bench/results/codegen.md

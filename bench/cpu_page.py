@@ -117,8 +117,7 @@ def page(result: Result, machine: str) -> str:
         paragraph(f"""The share of a copy's speed ({_memory(result)}) at which torch and fastnorm
             move the fewest bytes that the pass needs: the geometric mean over shapes, small calls
             left out. An operator of torch that reaches {MEMORY_SPEED:.0%} counts as running at
-            memory speed already: it has no second pass over its input or output to save. Such
-            operators fastnorm calls as they are."""),
+            memory speed already: less than a factor of {1 / MEMORY_SPEED:.0f} is left to gain."""),
         _operators(cases),
         "## Every case",
         _every(cases),

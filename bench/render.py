@@ -39,7 +39,8 @@ def machine(result: dict[str, Any]) -> str:
         if result["versions"].get(name)
     )
     found = result["machine"]
-    threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+    count = found["threads"]
+    threads = f", {count} thread{'s' * (count != 1)}" if found["device"] == "cpu" else ""
     return f"{found['name']}, {found['system']}{threads}; {result['date']}; {versions}."
 
 

@@ -6,9 +6,9 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from fastnorm import eager, environment
+from fastnorm.eager import native
 
 BACKENDS = ("auto", "triton", "eager")
 TRITON_DTYPES = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
@@ -90,7 +90,8 @@ def backend_for(tensor: Tensor) -> str:
         return "eager"
     if tensor.dtype not in TRITON_DTYPES or tensor.numel() == 0:
         return "eager"
-    if _transformed() or hasattr(tensor, "__tensor_flatten__"):  # a DTensor has no memory itself
+    # kernels see raw memory: a DTensor has none itself, and what vmap has is not the caller's
+    if native.transformed() or hasattr(tensor, "__tensor_flatten__"):
         return "eager"
     if name == "auto":
         return "triton" if environment.has_triton else "eager"
@@ -106,12 +107,6 @@ def implementation(tensor: Tensor) -> ModuleType:
         return eager
     triton = environment.operators if torch.compiler.is_compiling() else environment.ops
     return cast(ModuleType, triton)
-
-
-def _transformed() -> bool:
-    """Kernels see raw memory: inside vmap, jvp and the like it is not the caller's tensor."""
-    depth: int = torch._C._functorch.get_dynamic_layer_stack_depth()
-    return depth > 0 or forward_ad._current_level >= 0
 
 
 def _require_triton(tensor: Tensor) -> None:

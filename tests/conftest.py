@@ -35,9 +35,10 @@ if not HAS_GPU:
     from checker import checked
 
     interpreter.mend()
-    # Dynamo lists torch's functions at first use; the checker, while on, has some replaced by its
-    # own, and the list would lack the true ones.
+    # Dynamo and torch.device list torch's functions at first use; the checker, while on, has some
+    # replaced by its own, and the lists would lack the true ones.
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
+    torch.utils._device._device_constructors()
 
 
 def pytest_report_header() -> str | None:

@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastnorm
+from fastnorm.backend import implementation
 from fastnorm.functional.linear_batch_norm import LINEAR_ALGORITHMS
 
 STEPS = 3
@@ -194,6 +195,36 @@ def linear_alone(rank: int, processes: int) -> dict[Any, bool]:
                     (alone,) = _linear_gradients(rank, processes, algorithm, [i])
                     found[backend, algorithm, i] = torch.allclose(alone, whole[i], rtol=1e-12)
     return found
+
+
+def pointwise(rank: int, processes: int) -> dict[Any, list[Tensor]]:
+    """1×1 convolutions of both layouts by each algorithm: output and gradients of own parts."""
+    found = {}
+    for name in ranks.backends():
+        with fastnorm.use_backend(name):
+            for algorithm in LINEAR_ALGORITHMS:
+                for layout in (torch.contiguous_format, torch.channels_last):
+                    x, weight, gamma, beta, dy = pointwise_tensors()
+                    x, dy = (t.tensor_split(processes)[rank] for t in (x, dy))
+                    x = x.contiguous(memory_format=layout)
+                    leaves = [t.detach().requires_grad_() for t in (x, weight, gamma, beta)]
+                    x, weight, gamma, beta = leaves
+                    y = implementation(x).linear_batch_norm(
+                        x, weight, None, None, None, gamma, beta, True, 0.1, 1e-5, "tanh",
+                        algorithm, None, dist.group.WORLD,
+                    )  # fmt: skip
+                    found[name, algorithm, str(layout)] = [y, *torch.autograd.grad(y, leaves, dy)]
+    return {key: [t.detach() for t in tensors] for key, tensors in found.items()}
+
+
+def pointwise_tensors() -> tuple[Tensor, ...]:
+    """x (B, K, H, W), weight, norm_weight, norm_bias and dy of the whole batch."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    return draw(5, 3, 4, 2), draw(6, 3), draw(6), draw(6), draw(5, 6, 4, 2)
 
 
 def _linear_gradients(

@@ -384,6 +384,13 @@ def test_ceilings_are_this_machines(monkeypatch):
     assert all(rate > 1e6 for rate in found.products.values())
 
 
+def test_memory_speed_is_of_a_copy_beyond_the_cache():
+    copy = {1 << 10: 9e9, 1 << 20: 3e9, 1 << 30: 2e9}
+    assert ceilings.Ceilings(copy, {}, cache=1 << 18).memory == 3e9
+    assert ceilings.Ceilings(copy, {}, cache=1 << 28).memory == 2e9
+    assert ceilings.Ceilings(copy, {}, cache=1 << 30).memory == 2e9
+
+
 def test_geometric_mean():
     assert geometric([1, 4]) == pytest.approx(2)
     assert math.isnan(geometric([]))

@@ -185,6 +185,7 @@ def test_without_the_extra():
         assert "fastnorm[cli]" in remedy_of(done.stdout, package)
 
 
+@pytest.mark.slow
 def test_verify_without_the_extra(tmp_path):
     """It needs torch alone, too."""
     code = (

@@ -304,6 +304,17 @@ def test_parametrized_norm():
     near(ours(x), theirs(x))
 
 
+def test_sync_batch_norm():
+    theirs = nn.SyncBatchNorm(4).eval()
+    ours = fastnorm.convert(nn.Sequential(copy.deepcopy(theirs)))
+    assert isinstance(ours[0], fastnorm.SyncBatchNorm)
+    assert isinstance(ours[0], nn.SyncBatchNorm)
+    x = torch.randn(3, 4, 2)
+    near(ours(x), theirs(x))
+    ours.train()(x)  # of one process, also on a CPU
+    assert ours[0].num_batches_tracked == 1
+
+
 def test_a_norm_alone_and_twice():
     norm = nn.LayerNorm(4)
     assert fastnorm.convert(norm) is norm

@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 import re
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,10 @@ def test_what_is_public_has_an_example(name):
 )
 def test_python_blocks(path, line, code, tmp_path, monkeypatch):
     """Each on its own: whoever copies it gets all that it needs."""
+    for library in ("lightning", "transformers"):
+        if re.search(rf"^(import|from) {library}\b", code, re.MULTILINE):
+            pytest.importorskip(library)
+            warnings.simplefilter("ignore")  # theirs, within this test
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     namespace = {"__name__": "__main__"}

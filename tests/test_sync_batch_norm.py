@@ -161,18 +161,32 @@ def check_linear_twice(results):
             close(got, tensor, f"{i}, {algorithm} on {backend}")
 
 
+def check_pointwise(results):
+    x, weight, gamma, beta, dy = sync_modules.pointwise_tensors()
+    leaves = [t.requires_grad_() for t in (x, weight, gamma, beta)]
+    z = nn.functional.conv2d(x, weight[:, :, None, None])
+    y = torch.tanh(nn.functional.batch_norm(z, None, None, gamma, beta, training=True))
+    want = [y.detach(), *torch.autograd.grad(y, leaves, dy)]
+    for key in results[0]["pointwise"]:
+        parts = [rank["pointwise"][key] for rank in results]
+        for i, tensor in enumerate(want):
+            found = [part[i] for part in parts]
+            close(torch.cat(found) if i < 2 else sum(found), tensor, f"{i} of {key}")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # torch's own use of it
 def test_ddp_fsdp_and_transforms(tmp_path):
     work = [
         sync_modules.under_ddp, sync_modules.under_fsdp, sync_modules.in_transforms,
-        sync_modules.linear_alone,
+        sync_modules.linear_alone, sync_modules.pointwise,
     ]  # fmt: skip
     results = ranks.run(2, work, tmp_path)
     check_training(results, "under_ddp")
     check_training(results, "under_fsdp")
     for rank in results:
         assert all(rank["linear_alone"].values()), rank["linear_alone"]
+    check_pointwise(results)
     *large, weight, bias = sync_modules.derivatives_input()
     x, _, dy, v = large
 

@@ -33,11 +33,17 @@ TORCHS_OWN = 2
 
 each_function = pytest.mark.parametrize("name", FUNCTIONS)
 each_module = pytest.mark.parametrize("name", MODULES)
-SLOW = (torch.float16, torch.float32)  # bfloat16 and float64 are further apart
-each_dtype = pytest.mark.parametrize(
-    "dtype",
-    [pytest.param(d, id=str(d)[6:], marks=[pytest.mark.slow] * (d in SLOW)) for d in FLOATS],
-)
+
+
+def each_dtype(*fast: torch.dtype) -> pytest.MarkDecorator:
+    """A few of them, and all with the slow tests."""
+    return pytest.mark.parametrize(
+        "dtype",
+        [
+            pytest.param(d, id=str(d)[6:], marks=[] if d in fast else pytest.mark.slow)
+            for d in FLOATS
+        ],
+    )
 
 
 @functools.cache
@@ -114,7 +120,7 @@ def judge(runs: list[dict[str, Tensor | None]], what: str) -> None:
             )  # fmt: skip
 
 
-@each_dtype
+@each_dtype(torch.bfloat16, torch.float64)
 @each_function
 def test_functions(backend, name, dtype):
     """Output, gradients and buffers, and second gradients, are torch's of the same numbers."""
@@ -130,7 +136,7 @@ def test_functions(backend, name, dtype):
         judge(runs, str(sample.summary()))
 
 
-@each_dtype
+@each_dtype(*FLOATS)
 def test_an_empty_vector(backend, dtype):
     """Among torch's samples of batch norm: no channels, and nothing to refuse."""
     x = torch.empty(0, dtype=dtype, device=backend, requires_grad=True)
@@ -176,7 +182,7 @@ def module_samples(
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@each_dtype
+@each_dtype(torch.float64)
 @each_module
 def test_modules(backend, name, dtype, training):
     """The same of modules, with the gradients of their parameters and their buffers."""

@@ -227,12 +227,23 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
 }
 
 
+SLOW = {  # much like another one
+    "batch_norm, relu",
+    "add_rms_norm",
+    "linear_batch_norm, auto",
+    "linear_batch_norm, epilogue",
+    "linear_batch_norm, unfused",
+    "linear_batch_norm, epilogue, eval",
+    "conv_batch_norm",
+}
 # torch's own, of an operator that ran before there were dual numbers: refused, not wrong
 REFUSED = {(o, "dual numbers through the backward") for o in ("group_norm", "instance_norm")}
 
 
 @ignore_torchs_warnings
-@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize(
+    "operation", [pytest.param(o, marks=[pytest.mark.slow] * (o in SLOW)) for o in OPERATIONS]
+)
 def test_transforms(backend, operation):
     (ours, theirs), shapes = OPERATIONS[operation]
     generator = torch.Generator().manual_seed(0)

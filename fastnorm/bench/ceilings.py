@@ -19,11 +19,16 @@ class Ceilings:
 
     copy: dict[int, float]
     products: dict[str, float]
+    cache: int = 0
 
     @property
     def memory(self) -> float:
-        """Bytes a second of the largest copy, which no cache holds."""
-        return self.copy[max(self.copy)]
+        """Bytes a second of the fastest copy that is twice as large as the cache, or the largest.
+
+        On a CPU still larger ones can be slower, by the pages that the system gives them.
+        """
+        beyond = [rate for size, rate in self.copy.items() if size >= 2 * self.cache]
+        return max(beyond, default=self.copy[max(self.copy)])
 
     def seconds(self, bytes: int, flops: int, dtype: torch.dtype) -> float:
         """The least that a pass can take."""
@@ -42,7 +47,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def measure(device: torch.device, quick: bool) -> Ceilings:
-    """A second or two on a CPU."""
+    """A few seconds on a CPU."""
     largest = 4 * cache_bytes(device) if device.type == "cuda" else 64 * MIB if quick else 256 * MIB
     sizes = sorted({size for size in SIZES if size < largest} | {largest})
     copy = {}
@@ -55,10 +60,10 @@ def measure(device: torch.device, quick: bool) -> Ceilings:
         a, b = torch.randn(2, order, order, device=device).to(dtype)
         seconds = best_seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
         products[str(dtype)[6:]] = 2 * order**3 / seconds
-    return Ceilings(copy, products)
+    return Ceilings(copy, products, cache_bytes(device))
 
 
-def best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.1) -> float:
+def best_seconds(call: Callable[[], object], device: torch.device, budget: float = 0.3) -> float:
     """Of a call, the best of as many as `budget` seconds hold, 5 at least."""
     cuda = device.type == "cuda"
     call()

@@ -67,6 +67,7 @@ def _bars(result: Mapping[str, Any]) -> bytes:
     axes.axvline(1, color=INK, linewidth=1)
     middles = [row + 0.425 - height / 2 for row in range(len(rows))]
     axes.set_yticks(middles, [name for name, _ in rows], fontsize=8)
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("speed of fastnorm over the library's")
     axes.legend(frameon=False, fontsize=8)

@@ -227,35 +227,35 @@ def _normalize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Output, mean and rstd of a dense input; moves the buffers in training."""
     output = native.empty_like(input)
-    own_sums = _sums_are_ours(input, statistics[-1])
-    return output, *normalize_to(output, input, weight, bias, statistics, own_sums)
-
-
-def normalize_to(
-    output: Tensor,
-    input: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Statistics,
-    own_sums: bool,
-) -> tuple[Tensor, Tensor]:
-    """Write the output, move the buffers in training, and return mean and rstd."""
-    running_mean, running_var, training, momentum, eps = statistics
-    if training and own_sums and (found := native.moments(input, output)):
-        centered, offset, mean, var = found
-        n = input.numel() // input.shape[1]
-        if running_mean is not None and running_var is not None:
-            running_mean.lerp_(mean, momentum)
-            running_var.lerp_(var * (n / (n - 1)), momentum)
-        native.scale_shift(centered, offset, var, weight, bias, eps, output)
-        return mean, (var + eps).rsqrt_()
+    _, _, training, _, eps = statistics
+    if training and _sums_are_ours(input, eps) and (found := native.moments(input, output)):
+        return output, *apply_moments(found, output, weight, bias, statistics)
+    running_mean, running_var, *_ = statistics
     mean, rstd = (
         torch.empty(0, dtype=native.WIDER.get(input.dtype, input.dtype)) for _ in range(2)
     )
     torch.native_batch_norm(input, weight, bias, *statistics, out=(output, mean, rstd))
     if not training and running_mean is not None and running_var is not None:
         mean, rstd = running_mean.clone(), (running_var + eps).rsqrt_()
-    return mean, rstd
+    return output, mean, rstd
+
+
+def apply_moments(
+    found: tuple[Tensor, Tensor, Tensor, Tensor],
+    output: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Statistics,
+) -> tuple[Tensor, Tensor]:
+    """Write the output of what `native.moments` found, move the buffers; return mean and rstd."""
+    running_mean, running_var, _, momentum, eps = statistics
+    centered, offset, mean, var = found
+    n = output.numel() // output.shape[1]
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (n / (n - 1)), momentum)
+    native.scale_shift(centered, offset, var, weight, bias, eps, output)
+    return mean, (var + eps).rsqrt_()
 
 
 class BatchNormFunction(torch.autograd.Function):

@@ -6,7 +6,6 @@ torch's own LayerNorm runs at the speed of memory on a CPU, and is called as it 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from fastnorm.eager import formulas, native
@@ -34,7 +33,7 @@ def layer_norm(
     if native.transformed():
         z = formulas.layer_norm(input, len(normalized_shape), weight, bias, eps)
     else:
-        z = F.layer_norm(input, tuple(normalized_shape), weight, bias, eps)
+        z = torch.layer_norm(input, tuple(normalized_shape), weight, bias, eps, False)
     return z if activation == "identity" else ACTIVATIONS[activation](z)
 
 

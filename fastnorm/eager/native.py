@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 aten = torch.ops.aten
-_transform = torch._C._functorch.peek_interpreter_stack
+# of torch.func's transforms; Dynamo can guard it
+_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
 
 HUGE = 1 << 25
 """Bytes from which glibc maps each tensor anew: its largest mmap threshold."""
@@ -183,7 +184,7 @@ def output_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
 
 def transformed() -> bool:
     """Whether this runs inside a transform of torch.func or forward-mode AD."""
-    return _transform() is not None or forward_ad._current_level >= 0
+    return _transforms() > 0 or forward_ad._current_level >= 0
 
 
 def is_differentiated(dy: Tensor) -> bool:

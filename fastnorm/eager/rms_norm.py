@@ -46,8 +46,13 @@ def rms_norm(
         return ACTIVATIONS[activation](z).to(native.output_dtype(input))
     shape = tuple(normalized_shape)
     if input.numel() < SMALL:
-        wide = input.to(native.WIDER.get(input.dtype, input.dtype))
-        z = torch.rms_norm(wide, shape, None if weight is None else weight.to(wide.dtype), eps)
+        dtype = native.WIDER.get(input.dtype, input.dtype)
+        if dtype is input.dtype and (weight is None or weight.dtype is dtype):
+            # casts that change nothing take a microsecond
+            z = torch.rms_norm(input, shape, weight, eps)
+            return z if activation == "identity" else ACTIVATIONS[activation](z)
+        wide = input.to(dtype)
+        z = torch.rms_norm(wide, shape, None if weight is None else weight.to(dtype), eps)
         return (z if activation == "identity" else ACTIVATIONS[activation](z)).to(input.dtype)
     if torch.is_grad_enabled() and (
         input.requires_grad or (weight is not None and weight.requires_grad)

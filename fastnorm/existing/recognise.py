@@ -13,12 +13,14 @@ from fastnorm.existing.foreign import ChannelLayerNorm, ForeignLayerNorm, Foreig
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.modules.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.modules.layer_norm import LayerNorm, RMSNorm
+from fastnorm.modules.sync_batch_norm import SyncBatchNorm
 from fastnorm.structure import layers
 
 TORCH: dict[type[nn.Module], type[nn.Module]] = {
     nn.BatchNorm1d: BatchNorm1d,
     nn.BatchNorm2d: BatchNorm2d,
     nn.BatchNorm3d: BatchNorm3d,
+    nn.SyncBatchNorm: SyncBatchNorm,
     nn.InstanceNorm1d: InstanceNorm1d,
     nn.InstanceNorm2d: InstanceNorm2d,
     nn.InstanceNorm3d: InstanceNorm3d,

@@ -200,10 +200,13 @@ def linear_batch_norm(
         algorithm = "unfused"  # moved in place, and the kernels know no strides of theirs
     if weight.numel() == 0 or x.numel() == 0 or (algorithm == "epilogue" and not view.columns):
         algorithm = "unfused"
+    as_rows = algorithm == "epilogue" and x.ndim > 2
     if group is not None and algorithm != "gram":
         found = None
         if algorithm == "epilogue":
-            z, *found = ProductFunction.apply(x, weight.contiguous(), bias, view)
+            rows = x.movedim(1, -1).flatten(0, -2) if as_rows else x
+            z, *found = ProductFunction.apply(rows, weight.contiguous(), bias, view)
+            z = z.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1) if as_rows else z
         else:
             z = product(input, weight, bias, training)
         return sync_batch_norm(
@@ -217,7 +220,6 @@ def linear_batch_norm(
         )  # fmt: skip
     momentum = count_batch(num_batches_tracked, training, momentum)
     function = GramFunction if algorithm == "gram" else EpilogueFunction
-    as_rows = algorithm == "epilogue" and x.ndim > 2
     y: Tensor = function.apply(
         x.movedim(1, -1).flatten(0, -2) if as_rows else x,
         weight.contiguous(),

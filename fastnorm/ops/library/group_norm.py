@@ -14,14 +14,16 @@ from fastnorm.ops.library.definition import kernel, moving, spread
 _FORWARD = (
     "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
     "Tensor{}? running_mean, Tensor{}? running_var, Tensor? momentum, float share, float eps, "
-    "str activation, bool columns, SymInt num_groups) -> (Tensor y, Tensor stats)"
+    "str activation, bool columns, SymInt num_groups, ScalarType? y_dtype) "
+    "-> (Tensor y, Tensor stats)"
 )
 
 
 def _forward_fake(x: Tensor, residual: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
-    y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    *_, num_groups, y_dtype = arguments
+    if y_dtype is None:
+        y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    num_groups = arguments[-1]
     stats = torch.empty(3, x.shape[0] * num_groups, dtype=dtype, device=x.device)
     return torch.empty_like(x, dtype=y_dtype), stats
 
@@ -44,12 +46,13 @@ def _forward(
     activation: str,
     columns: bool,
     num_groups: int,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     with on_device_of(x):
         return kernels.forward(
             x, residual, weight, bias, running_mean, running_var,
             share if momentum is None else momentum, eps, activation,
-            view_of(x, columns, by_sample=True), num_groups,
+            view_of(x, columns, by_sample=True), num_groups, y_dtype,
         )  # fmt: skip
 
 
@@ -65,6 +68,7 @@ def forward(
     activation: str,
     view: ChannelView,
     num_groups: int,
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor]:
     operators = torch.ops.fastnorm
     operator = (
@@ -74,7 +78,7 @@ def forward(
     )
     y, stats = operator(
         x, residual, weight, bias, running_mean, running_var, *moving(momentum), eps, activation,
-        view.columns, num_groups,
+        view.columns, num_groups, y_dtype,
     )  # fmt: skip
     return y, stats
 

@@ -19,17 +19,19 @@ def _forward_fake(
     activation: str,
     center: bool,
     shape: Sequence[int],
+    y_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    wide = torch.float64 if dtype is torch.float64 else torch.float32
+    y_dtype = dtype if y_dtype is None else y_dtype
+    wide = torch.float64 if y_dtype is torch.float64 else torch.float32
     sums = [] if residual is None else [torch.empty(shape, dtype=dtype, device=x.device)]
     stats = torch.empty(3 if center else 1, x.shape[0], dtype=wide, device=x.device)
-    return [torch.empty(shape, dtype=dtype, device=x.device), *sums, stats]
+    return [torch.empty(shape, dtype=y_dtype, device=x.device), *sums, stats]
 
 
 @kernel(
     "layer_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, float eps, "
-    "str activation, bool center, SymInt[] shape) -> Tensor[]",
+    "str activation, bool center, SymInt[] shape, ScalarType? y_dtype) -> Tensor[]",
     fake=_forward_fake,
 )
 def _forward(
@@ -41,9 +43,10 @@ def _forward(
     activation: str,
     center: bool,
     shape: Sequence[int],
+    y_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
     with on_device_of(x):
-        found = kernels.forward(x, residual, weight, bias, eps, activation, center, shape)
+        found = kernels.forward(x, residual, weight, bias, eps, activation, center, shape, y_dtype)
     return given(found, (True, residual is not None, True))
 
 
@@ -56,9 +59,10 @@ def forward(
     activation: str,
     center: bool,
     shape: Sequence[int],
+    y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor | None, ...]:
     found = torch.ops.fastnorm.layer_norm_forward(
-        x, residual, weight, bias, eps, activation, center, shape
+        x, residual, weight, bias, eps, activation, center, shape, y_dtype
     )
     return spread(found, (True, residual is not None, True))
 

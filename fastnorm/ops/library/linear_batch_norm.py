@@ -24,7 +24,7 @@ _GRAM = (
 
 
 def _has(x: Tensor, training: bool) -> tuple[bool, ...]:
-    """Which fields of a Folded are there."""
+    """Which fields of a Folded are there, but for the last: a graph has no other processes."""
     narrow = x.element_size() == 2
     return training, training, True, True, training and narrow, training and not narrow
 
@@ -73,7 +73,7 @@ def _gram_forward(
         torch.empty(0, dtype=dtype, device=x.device)
         for dtype in (wide, wide, wide, wide, whole, single)
     )
-    return y, *(a if t is None else t for t, a in zip(folded, absent, strict=True))
+    return y, *(a if t is None else t for t, a in zip(folded[:6], absent, strict=True))
 
 
 def gram_forward(
@@ -102,7 +102,7 @@ def gram_forward(
         training, *moving(momentum), eps, activation, view.columns,
     )  # fmt: skip
     there = zip(found, _has(x, training), strict=True)
-    return y, Folded._make(t if has else None for t, has in there)
+    return y, Folded._make([*(t if has else None for t, has in there), None])
 
 
 def _gram_wanted(
@@ -179,7 +179,7 @@ def gram_backward(
     wanted: tuple[bool, bool, bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:
     found = torch.ops.fastnorm.linear_batch_norm_gram_backward(
-        dy, x, y, weight, norm_weight, norm_bias, bias_dtype, *folded, activation, view.columns,
+        dy, x, y, weight, norm_weight, norm_bias, bias_dtype, *folded[:6], activation, view.columns,
         wanted,
     )  # fmt: skip
     training = folded.x_mean is not None
