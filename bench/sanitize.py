@@ -13,14 +13,20 @@ import pkgutil
 import torch
 from case import Case
 from families.layer_norm import LayerNormCase
+from families.linear_batch_norm import LinearBatchNormCase
 from grid import SMALL_CASES
 from launches import recording
 from triton.runtime.jit import JITFunction
 
 import fastnorm.kernels
 
-LISTED = (*SMALL_CASES, LayerNormCase("looped rows", (192, 20000)))
-"""Small cases, and rows too long for one tile but too many to be shared by programs."""
+LISTED = (
+    *SMALL_CASES,
+    LayerNormCase("looped rows", (192, 20000)),
+    LinearBatchNormCase("joined", (4096, 33), features=41, joined=True),
+)
+"""Small cases, rows too long for one tile but too many to be shared by programs, and a product of
+the library's."""
 
 
 def kernels() -> set[str]:
