@@ -315,8 +315,10 @@ def test_precision(backend, dtype):
 
 
 @pytest.mark.slow
-def test_by_inductor(backend):
+def test_by_inductor(backend, monkeypatch, tmp_path):
     """A network of them through torch's own compiler, with batches of several sizes."""
+    # what it keeps between processes does not ask whether an operator has other arguments now
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         fastnorm.Conv2dBatchNorm(3, 8, 3, padding=1),
