@@ -5,16 +5,23 @@ compiled: they take the `backend` fixture, which says where tensors live.
 """
 
 import importlib.util
+import inspect
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 
 import fastnorm
+
+
+def like_print(*args: object, sep: str = " ", end: str = "\n") -> None:
+    """What `print` takes."""
+
 
 HAS_GPU = torch.cuda.is_available()
 HAS_HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
@@ -30,6 +37,12 @@ if not HAS_GPU:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("triton was imported before the interpreter could be asked for")
     os.environ["TRITON_INTERPRET"] = "1"
+    if sys.version_info < (3, 11):  # before, print has no signature, and Triton asks for it
+        signature = inspect.signature
+        with mock.patch.object(
+            inspect, "signature", lambda f, **o: signature(like_print if f is print else f, **o)
+        ):
+            import triton.experimental.gluon  # noqa: F401
     import interpreter
     import torch._dynamo  # imports triton
     from checker import checked
