@@ -17,14 +17,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from traffic import _Operators
+from traffic import Operators
 
 sys.path.append(
     str(Path(__file__).parents[1] / "tests")
 )  # the models, and the interpreter's support
 
 
-class _Counted(_Operators):
+class _Counted(Operators):
     """Also how many operators ran."""
 
     def __init__(self) -> None:

@@ -53,12 +53,26 @@ class Count:
         return (self.large + self.between) / self.minimum
 
 
-class _Operators(TorchDispatchMode):
-    """Bytes that torch operators other than views and allocations read and write."""
+class Operators(TorchDispatchMode):
+    """Bytes that torch operators other than views and allocations read and write.
+
+    A mode that counts is no graph being recorded: launchers are called as for anyone else. As
+    operators of torch.library they would be counted again, and their own products not be seen.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.bytes = 0
+        self._unseen = mock.patch("fastnorm.eager.native.observed", return_value=False)
+
+    def __enter__(self) -> "Operators":
+        self._unseen.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._unseen.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -75,7 +89,6 @@ def count(case: Case) -> list[Count]:
     import interpreter
 
     import fastnorm
-    from fastnorm.eager import native
 
     tensors = case.inputs("cpu")
     halves: list[tuple[list[Any], int]] = []
@@ -85,10 +98,7 @@ def count(case: Case) -> list[Count]:
         launches.clear()
         operators.bytes = 0
 
-    # as one operator of torch.library, a launcher's own products would not be seen
-    unseen = mock.patch.object(native, "observed", return_value=False)
-    backend = fastnorm.use_backend("triton")
-    with backend, unseen, interpreter.trace() as launches, _Operators() as operators:
+    with fastnorm.use_backend("triton"), interpreter.trace() as launches, Operators() as operators:
         case.forward_and_backward(tensors, between=half)
         half()
     whole = [_is_whole(done) for done, _ in halves]

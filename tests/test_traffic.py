@@ -1,10 +1,12 @@
 """Every operation moves the bytes its mathematics needs, and hardly more: no hidden pass."""
 
+import models
 import pytest
 import torch
 import traffic
 from grid import FAMILIES, SMALL_CASES
 
+import fastnorm
 import fastnorm.functional as FF
 
 pytestmark = [
@@ -43,6 +45,21 @@ def test_cases_cover_one_launch_and_several():
     assert set(bounds) == {family.__name__.split(".")[-1] for family in FAMILIES} | second
     for family, found in bounds.items():
         assert found == both, family
+
+
+def test_models_count_a_kernel_once():
+    """A launcher is no operator besides: a whole step moves what its launches move."""
+    model = fastnorm.BatchNorm2d(8, activation="relu")
+    x = torch.randn(4, 8, 6, 6)
+    found = models.step(model, lambda model: model(x), "triton")
+    large = x.numel() * x.element_size()
+    assert found.bytes < 5.5 * large + x.numel() * 4  # x, y; dy, x, and ones to start from
+    eager = models.step(
+        torch.nn.Sequential(torch.nn.BatchNorm2d(8), torch.nn.ReLU()),
+        lambda model: model(x),
+        "eager",
+    )
+    assert found.launches < eager.launches
 
 
 def test_an_extra_pass_is_caught(monkeypatch):

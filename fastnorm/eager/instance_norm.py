@@ -36,8 +36,6 @@ from fastnorm.eager.native import STEPS, aten
 SMALL = 1 << 15
 """Elements of a sample below which a call for each costs more than copies of all."""
 
-SIXTEEN_BITS = (torch.float16, torch.bfloat16)
-
 
 def instance_norm(
     input: Tensor,
@@ -57,7 +55,7 @@ def instance_norm(
         if (
             bias is not None
             and bias.requires_grad
-            and input.dtype in SIXTEEN_BITS
+            and input.dtype in native.WIDER
             and not input.is_contiguous()
         ):  # of other layouts torch adds dβ up in 16 bits
             y = batch_norm(input.contiguous(), *arguments, None)
@@ -219,16 +217,8 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     found = []
     for n in range(len(input)):
         parts = g[n : n + 1], input[n : n + 1]
-        options = (
-            weight,
-            None,
-            None,
-            mean[n],
-            rstd[n],
-            True,
-            ctx.eps,
-            (wanted[0], True, wanted[2]),
-        )
+        asked = (wanted[0], True, wanted[2])  # dγ tells whether a sum overflowed
+        options = (weight, None, None, mean[n], rstd[n], True, ctx.eps, asked)
         sums = aten.native_batch_norm_backward.default(*parts, *options)
         if not sums[1].isfinite().all():  # over planes torch's sums are in double
             planes = (t.contiguous() for t in parts)
