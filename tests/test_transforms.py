@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import pytest
@@ -201,6 +202,18 @@ def _second(f: Function, a: tuple[Tensor, ...]) -> Any:
     return torch.autograd.grad(loss, leaves)
 
 
+def _second_of_dependent(f: Function, a: tuple[Tensor, ...]) -> Any:
+    """Each argument is computed from the one before it; then from the one after it."""
+
+    def chained(*b: Tensor) -> Tensor:
+        return f(*(t + 0.5 * b[i - 1].mean() if i else t for i, t in enumerate(b)))
+
+    def reverse(*b: Tensor) -> Tensor:
+        return f(*(t + 0.5 * u.mean() for t, u in pairwise(b)), b[-1])
+
+    return [*_second(chained, a), *_second(reverse, a), *_many_gradients(chained, a)]
+
+
 TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "grad": lambda f, a: torch.func.grad(_scalar(f), _everything(a))(*a),
     "vjp": lambda f, a: torch.func.vjp(f, *a)[1](f(*a).detach().cos()),
@@ -224,6 +237,7 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "dual numbers through the backward": _dual_through_backward,
     "many gradients": _many_gradients,
     "second gradients": _second,
+    "second gradients of dependent arguments": _second_of_dependent,
 }
 
 

@@ -324,7 +324,7 @@ def differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _, act_backward, arguments = STEPS[ctx.activation]
         g = act_backward.default(dy, activated.detach(), *arguments)
     dx, dw = native.gradients_again(
-        lambda: formulas.group_norm(input, ctx.num_groups, weight, None, ctx.eps),
+        lambda x, weight: formulas.group_norm(x, ctx.num_groups, weight, None, ctx.eps),
         (input, weight), (for_input, for_weight), g,
     )  # fmt: skip
     db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None

@@ -377,12 +377,9 @@ def differentiable_gradients(
     Product and norm are computed once more, and that is differentiated. `fixed` are the mean and
     variance of evaluation, which have eps in them; in training the bias is None.
     """
-    x, weight, bias, norm_weight, norm_bias = leaves
-    assert x is not None
-    assert weight is not None
     mean, var = (None, None) if fixed is None else fixed
     gradients = native.gradients_again(
-        lambda: batch_norm(
+        lambda x, weight, bias, norm_weight, norm_bias: batch_norm(
             product(x, weight, bias, training=False), mean, var, norm_weight, norm_bias,
             fixed is None, 0.0, eps if fixed is None else 0.0, None, activation, None,
         ),

@@ -136,7 +136,7 @@ class RMSNormFunction(torch.autograd.Function):
         if native.is_differentiated(dy):
             axes = tuple(range(-len(ctx.shape), 0))
             dx, dw = native.gradients_again(
-                lambda: _short(input.to(rstd.dtype), axes, weight, ctx.eps),
+                lambda x, weight: _short(x.to(rstd.dtype), axes, weight, ctx.eps),
                 (input, weight), wanted, dy,
             )  # fmt: skip
         else:

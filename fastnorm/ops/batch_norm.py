@@ -93,7 +93,7 @@ def _differentiable_backward(
     mean, var = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)
     eps = ctx.eps if ctx.training else 0.0  # rstd⁻² is the variance with eps in it
     gradients = native.gradients_again(
-        lambda: eager.batch_norm(
+        lambda x, residual, weight, bias: eager.batch_norm(
             x, mean, var, weight, bias, ctx.training, 0.0, eps, residual, activation, None
         ),
         (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,

@@ -96,7 +96,7 @@ def _differentiable_backward(
     dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
     activation = "identity" if y is not None else ctx.activation
     gradients = native.gradients_again(
-        lambda: eager.group_norm(
+        lambda x, residual, weight, bias: eager.group_norm(
             x, ctx.num_groups, weight, bias, ctx.eps, residual, activation
         ),
         (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,
