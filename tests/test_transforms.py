@@ -322,6 +322,35 @@ def test_backwards_of_large_tensors(name):
         assert not tangent.requires_grad
 
 
+class _Constant(torch.autograd.Function):
+    """Its output does not depend on its input, as far as autograd is told."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, *(f"{name}, large" for name in LARGE)])
+def test_gradients_where_nothing_depends_on_the_output(backend, name):
+    """None, as torch's, not zeros: an optimizer passes over a parameter without a gradient."""
+    if name in OPERATIONS:
+        (function, _), shapes = OPERATIONS[name]
+        memory_format = None
+    else:
+        function, *shapes, memory_format = LARGE[name.removesuffix(", large")]
+        if fastnorm.backend_for(torch.ones(1, device=backend)) == "triton":
+            pytest.skip("large for a CPU's operators, and for the interpreter")
+    x, *parameters = _leaves(tuple(torch.randn(shape, device=backend) for shape in shapes))
+    y = function(x if memory_format is None else x.to(memory_format=memory_format), *parameters)
+    leaves = (x, *parameters)
+    found = torch.autograd.grad(_Constant.apply(y).sum(), leaves, allow_unused=True)
+    assert found == (None,) * len(leaves)
+
+
 # ---- modules -------------------------------------------------------------------------------------
 MODULES: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {
     "BatchNorm1d": (lambda: fastnorm.BatchNorm1d(3), lambda: nn.BatchNorm1d(3)),

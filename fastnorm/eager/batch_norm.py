@@ -277,11 +277,14 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.save_for_backward(input, weight, activated, mean, rstd)
         _, _, ctx.training, _, ctx.eps = statistics
         ctx.activation = activation
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = grads
+        if dy is None:  # nothing depends on the output
+            return (None,) * 6
         gradients = _differentiable_gradients if native.is_differentiated(dy) else _gradients
         return *gradients(ctx, dy), None, None  # activation, statistics
 
