@@ -307,11 +307,14 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.save_for_backward(input, weight, activated, mean, rstd)
         _, _, ctx.training, _, ctx.eps = statistics
         ctx.activation = activation
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = grads
+        if dy is None:  # nothing depends on the output
+            return (None,) * 6
         gradients = _differentiable_gradients if native.is_differentiated(dy) else _gradients
         return *gradients(ctx, dy), None, None  # activation, statistics
 
@@ -360,12 +363,12 @@ def _differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]
         _, act_backward, arguments = STEPS[ctx.activation]
         g = act_backward.default(dy, activated.detach(), *arguments)
 
-    def normalize() -> Tensor:
+    def normalize(x: Tensor, weight: Tensor | None) -> Tensor:
         if ctx.training:
-            return formulas.batch_norm(input, weight, None, ctx.eps)
-        scale = native.per_channel(rstd if weight is None else rstd * weight, input)
-        z: Tensor = (input - native.per_channel(mean, input)) * scale
-        return z.to(input.dtype)
+            return formulas.batch_norm(x, weight, None, ctx.eps)
+        scale = native.per_channel(rstd if weight is None else rstd * weight, x)
+        z: Tensor = (x - native.per_channel(mean, x)) * scale
+        return z.to(x.dtype)
 
     dx, dw = native.gradients_again(normalize, (input, weight), (for_input, for_weight), g)
     db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None

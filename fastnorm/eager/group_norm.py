@@ -209,11 +209,14 @@ class GroupNormFunction(torch.autograd.Function):
         activated = None if activation == "identity" else output
         ctx.save_for_backward(input, weight, activated, mean, rstd)
         ctx.activation, ctx.num_groups, ctx.eps = activation, num_groups, eps
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = grads
+        if dy is None:  # nothing depends on the output
+            return (None,) * 7
         gradients = differentiable_gradients if native.is_differentiated(dy) else _gradients
         return *gradients(ctx, dy), None, None, None  # activation, num_groups, eps
 
@@ -325,7 +328,7 @@ def differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         _, act_backward, arguments = STEPS[ctx.activation]
         g = act_backward.default(dy, activated.detach(), *arguments)
     dx, dw = native.gradients_again(
-        lambda: formulas.group_norm(input, ctx.num_groups, weight, None, ctx.eps),
+        lambda x, weight: formulas.group_norm(x, ctx.num_groups, weight, None, ctx.eps),
         (input, weight), (for_input, for_weight), g,
     )  # fmt: skip
     db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None

@@ -202,11 +202,14 @@ class InstanceNormFunction(torch.autograd.Function):
         activated = None if activation == "identity" else output
         ctx.save_for_backward(input, weight, activated, mean, rstd)
         ctx.activation, ctx.num_groups, ctx.eps = activation, input.shape[1], eps
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = grads
+        if dy is None:  # nothing depends on the output
+            return (None,) * 7
         gradients = differentiable_gradients if native.is_differentiated(dy) else _gradients
         return *gradients(ctx, dy), None, None, None  # activation, eps, statistics
 

@@ -54,10 +54,13 @@ class BatchNormFunction(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.training, ctx.eps, ctx.activation, ctx.view = training, eps, activation, view
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # nothing depends on the output
+            return (None,) * 12
         x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
@@ -93,7 +96,7 @@ def _differentiable_backward(
     mean, var = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)
     eps = ctx.eps if ctx.training else 0.0  # rstd⁻² is the variance with eps in it
     gradients = native.gradients_again(
-        lambda: eager.batch_norm(
+        lambda x, residual, weight, bias: eager.batch_norm(
             x, mean, var, weight, bias, ctx.training, 0.0, eps, residual, activation, None
         ),
         (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,

@@ -56,10 +56,13 @@ class GroupNormFunction(torch.autograd.Function):
         ctx.residual_dtype = None if residual is None else residual.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.eps, ctx.activation, ctx.view, ctx.num_groups = eps, activation, view, num_groups
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # nothing depends on the output
+            return (None,) * 12
         x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
@@ -96,7 +99,7 @@ def _differentiable_backward(
     dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
     activation = "identity" if y is not None else ctx.activation
     gradients = native.gradients_again(
-        lambda: eager.group_norm(
+        lambda x, residual, weight, bias: eager.group_norm(
             x, ctx.num_groups, weight, bias, ctx.eps, residual, activation
         ),
         (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,
