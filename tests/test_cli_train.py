@@ -129,7 +129,8 @@ def test_report_needs_no_other_file(finished):
     text = re.sub(r'"data:image/png;base64,[^"]*"', "", page)  # in which any word may occur
     assert not re.search(r"https?:|href|<script|@import|url\(", text)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
-    for text in ("test accuracy", "time per step", "peak memory", torch.__version__):
+    version = torch.__version__.split("+")[0]  # a package need not say for which device it is
+    for text in ("test accuracy", "time per step", "peak memory", version):
         assert text in page
 
 
