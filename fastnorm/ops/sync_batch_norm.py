@@ -11,7 +11,8 @@ from fastnorm import eager
 from fastnorm.distributed import gathered, summed
 from fastnorm.eager import native
 from fastnorm.eager.linear_batch_norm import bias_gradient
-from fastnorm.eager.sync_batch_norm import count_batch, differentiable_gradients
+from fastnorm.eager.sync_batch_norm import count_batch
+from fastnorm.eager.sync_formulas import differentiable_gradients
 from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels import sync_batch_norm as sync

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels.launch import ChannelView
+from fastnorm.kernels.products import compute_dtype
 from fastnorm.ops.layout import view_of
 from fastnorm.ops.library.definition import (
     given,
@@ -22,8 +23,7 @@ from fastnorm.ops.library.definition import (
 
 def _forward_fake(x: Tensor, residual: Tensor | None, *arguments: object) -> tuple[Tensor, Tensor]:
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    stats = torch.empty(3, x.shape[1], dtype=dtype, device=x.device)
+    stats = torch.empty(3, x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
     return torch.empty_like(x, dtype=y_dtype), stats
 
 

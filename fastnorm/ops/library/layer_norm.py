@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnorm.kernels import layer_norm as kernels
+from fastnorm.kernels.products import compute_dtype
 from fastnorm.ops.library.definition import given, kernel, launched, spread
 
 
@@ -14,7 +15,7 @@ def _forward_fake(x: Tensor, residual: Tensor | None, *arguments: Any) -> list[T
     *_, center, shape, y_dtype = arguments
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y_dtype = dtype if y_dtype is None else y_dtype
-    wide = torch.float64 if y_dtype is torch.float64 else torch.float32
+    wide = compute_dtype(y_dtype)
     sums = [] if residual is None else [torch.empty(shape, dtype=dtype, device=x.device)]
     stats = torch.empty(3 if center else 1, x.shape[0], dtype=wide, device=x.device)
     return [torch.empty(shape, dtype=y_dtype, device=x.device), *sums, stats]
