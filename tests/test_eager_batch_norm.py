@@ -481,3 +481,34 @@ def test_huge_pages_nobody_grants(monkeypatch):
         assert not native.is_huge(x)
         assert native.empty_like(x).shape == x.shape
         monkeypatch.undo()
+
+
+@pytest.mark.parametrize("memory_format", [CONTIGUOUS, CL], ids=str)
+@pytest.mark.parametrize("with_gradients", [False, True], ids=["", "gradients"])
+def test_16_bit_models_in_evaluation(memory_format, with_gradients):
+    """Parameters and buffers of 16 bits cost no precision, cast or not: all is rounded once."""
+    x = draw(8, 5, 6, 7, memory_format=memory_format).bfloat16()
+    mean, var, w, b = (draw(5, seed=s).abs().add(0.5).bfloat16() for s in range(4))
+    dy = draw(8, 5, 6, 7, seed=9).bfloat16()
+    results = []
+    for dtype in (None, torch.float64):
+        given = [t.to(dtype or t.dtype).requires_grad_(with_gradients) for t in (x, w, b)]
+        y = ours(
+            given[0], mean.to(given[0].dtype), var.to(given[0].dtype), *given[1:],
+            False, 0.1, 1e-5, None, "relu",
+        )  # fmt: skip
+        found = torch.autograd.grad(y, given, dy.to(y.dtype)) if with_gradients else ()
+        results.append([y.detach(), *found])
+    for got, want in zip(*results, strict=True):
+        assert got.dtype is torch.bfloat16
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=2**-8 * want.std().item())
+
+
+def test_16_bit_buffers_move_as_float32_do():
+    """They are rounded once a batch, whatever they are cast to in between."""
+    moved = []
+    for dtype in (torch.bfloat16, torch.float64):
+        mean, var = (draw(5, seed=s).abs().bfloat16().to(dtype) for s in (1, 2))
+        ours(draw(8, 5, 9).bfloat16(), mean, var, None, None, True, 0.3, 1e-5, None, "identity")
+        moved.append((mean.double(), var.double()))
+    torch.testing.assert_close(*moved, rtol=2**-8, atol=0)

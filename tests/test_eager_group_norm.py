@@ -194,3 +194,30 @@ def test_strided_inputs_keep_one_copy():
     assert y.is_contiguous()
     (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
     assert dx.shape == x.shape
+
+
+def test_16_bit_parameters_without_a_backward(monkeypatch):
+    """Nothing is cast for the output alone, and it is as precise."""
+    case = problem((4, 6, 5, 7), 3, "cpu", torch.bfloat16, parameters=torch.bfloat16)
+    case.check()
+    monkeypatch.setattr(eager, "prepared", lambda *_: pytest.fail("cast"))
+    with torch.no_grad():
+        y = FF.group_norm(case.x, 3, case.weight, case.bias)
+        want = torch.group_norm(case.x.double(), 3, case.weight.double(), case.bias.double())
+    torch.testing.assert_close(y.double(), want, rtol=2**-8, atol=1e-6)
+
+
+def test_sums_of_instance_norm_in_evaluation_are_torchs():
+    """Near bfloat16's maximum those over all samples at once overflow where torch.nn's do not."""
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randn(9, 36, 20, 20, generator=generator)
+        x = (drawn * 4e36).bfloat16().to(memory_format=torch.channels_last)
+        dy = torch.randn(drawn.shape, generator=generator).bfloat16()
+        found = []
+        for library in (torch.nn, fastnorm):
+            norm = library.InstanceNorm2d(36, affine=True, track_running_stats=True).eval()
+            norm(x).backward(dy)
+            found.append(norm.weight.grad.isfinite())
+        assert found[0].any()
+        assert found[1][found[0]].all()

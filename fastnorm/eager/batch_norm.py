@@ -165,6 +165,11 @@ def _converted(
     y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
     if rounds_between(input, residual, activation):
         input = input.to(dtype)
+    elif not training and residual is None and _is_exact(
+        input, running_mean, running_var, weight, bias
+    ):  # fmt: skip
+        statistics = (running_mean, running_var, False, 0.0, eps)
+        return ACTIVATIONS[activation](torch.batch_norm(input, weight, bias, *statistics, False))
     if weight is None:
         weight = torch.ones(input.shape[1], dtype=dtype, device=input.device)
     weight = weight.to(dtype).contiguous()
@@ -173,13 +178,15 @@ def _converted(
         mean = var = None
     elif not training:
         mean, var = (t.to(dtype).contiguous() for t in (running_mean, running_var))
-    elif not isinstance(momentum, Tensor) and all(
-        _serves(t, dtype) for t in (running_mean, running_var)
-    ):
+    elif not isinstance(momentum, Tensor) and _can_move(input, running_mean, running_var):
+        mean, var = (t.to(dtype).contiguous() for t in (running_mean, running_var))
         y = batch_norm(
-            input, running_mean, running_var, weight, bias, True, momentum, eps, residual,
-            activation, None,
-        )  # fmt: skip
+            input, mean, var, weight, bias, True, momentum, eps, residual, activation, None
+        )
+        if mean is not running_mean:
+            running_mean.copy_(mean)
+        if var is not running_var:
+            running_var.copy_(var)
         return y.to(y_dtype)
     else:  # a momentum of one leaves the batch's own statistics in these
         # (as vmapped as the input is; torch loses what it should write to a vmapped view)
@@ -192,6 +199,29 @@ def _converted(
                 share = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
                 running.copy_(torch.lerp(running.to(dtype), batch.to(dtype), share))
     return y.to(y_dtype)
+
+
+def _is_exact(input: Tensor, *small: Tensor | None) -> bool:
+    """Whether torch's evaluation of 16 bits, parameters and all, is as precise, and casts are dear.
+
+    It computes in float32; only sums of gradients over other layouts are 16-bit ones.
+    """
+    return (
+        input.is_cpu
+        and not torch.compiler.is_compiling()
+        and input.numel() < SMALL
+        and all(t is None or (t.dtype is input.dtype and t.is_contiguous()) for t in small)
+        and (input.is_contiguous() or native.needs_no_gradient(input, *small))
+        and not native.transformed()
+    )
+
+
+def _can_move(input: Tensor, *buffers: Tensor) -> bool:
+    """Whether torch's operator can move the buffers, or copies of them that lose nothing."""
+    dtype = native.WIDER.get(input.dtype, input.dtype)
+    return all(_serves(t, dtype) for t in buffers) or (
+        all(t.dtype in native.WIDER for t in buffers) and not native.observed(input)
+    )
 
 
 def rounds_between(input: Tensor, residual: Tensor | None, activation: str) -> bool:

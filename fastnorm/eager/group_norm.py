@@ -68,10 +68,13 @@ def group_norm(
             torch.compiler.is_compiling()  # sizes, once asked for, are compiled for
             or (not native.is_huge(input) and (input.numel() < SHORT or activation not in STEPS))
         )
-        and (dtype is input.dtype or _is_exact(input, weight, activation))
-        and (weight is None or weight.dtype is dtype)
-        and (bias is None or (weight is not None and bias.dtype is dtype))
-        and (input.is_contiguous() or _needs_no_sums(weight, bias))
+        and (
+            _is_exact(input, weight, bias, activation)
+            if dtype is not input.dtype
+            else (weight is None or weight.dtype is dtype)
+            and (bias is None or (weight is not None and bias.dtype is dtype))
+        )
+        and (input.is_contiguous() or native.needs_no_gradient(weight, bias))
         and not native.transformed()
     ):
         z = torch.group_norm(input, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
@@ -100,17 +103,15 @@ def group_norm(
     return (z if inner == activation else ACTIVATIONS[activation](z)).to(y_dtype)
 
 
-def _is_exact(input: Tensor, weight: Tensor | None, activation: str) -> bool:
-    """Whether torch takes a 16-bit input to be rounded once, or it is too large to be cast."""
-    if weight is None or not input.is_cpu:
+def _is_exact(input: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str) -> bool:
+    """Whether torch, of a 16-bit input, computes in float32 and rounds once."""
+    if not input.is_cpu or (activation != "identity" and rounds_between(input, None, activation)):
         return False
-    return activation == "identity" or not rounds_between(input, None, activation)
-
-
-def _needs_no_sums(weight: Tensor | None, bias: Tensor | None) -> bool:
-    """Whether no backward will ask for the parameters' gradients, perhaps without the input's."""
-    asked = any(t is not None and t.requires_grad for t in (weight, bias))
-    return not (asked and torch.is_grad_enabled())
+    if weight is not None and weight.dtype is torch.float32:
+        return bias is None or bias.dtype is torch.float32
+    # of 16-bit parameters too, but for what it keeps for a backward
+    same = all(t is None or t.dtype is input.dtype for t in (weight, bias))
+    return same and native.needs_no_gradient(input, weight, bias)
 
 
 def prepared(
@@ -151,7 +152,7 @@ def _plain(
     if native.transformed():
         return formulas.group_norm(input, num_groups, weight, bias, eps)
     frozen = input.is_cpu and not input.requires_grad
-    if frozen and not (input.is_contiguous() or _needs_no_sums(weight, bias)):
+    if frozen and not (input.is_contiguous() or native.needs_no_gradient(weight, bias)):
         kept = suggest_memory_format(input)
         z = torch.group_norm(input.contiguous(), num_groups, weight, bias, eps, False)
         return z.contiguous(memory_format=kept)

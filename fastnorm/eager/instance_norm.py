@@ -50,18 +50,22 @@ def instance_norm(
     activation: str,
 ) -> Tensor:
     """`act(instance_norm(input) + residual)` of arguments that the function has checked."""
-    if not use_input_stats:
-        arguments = (running_mean, running_var, weight, bias, False, 0.0, eps, residual, activation)
-        if (
-            bias is not None
-            and bias.requires_grad
-            and input.dtype in native.WIDER
-            and not input.is_contiguous()
-        ):  # of other layouts torch adds dβ up in 16 bits
-            y = batch_norm(input.contiguous(), *arguments, None)
-            return y.contiguous(memory_format=suggest_memory_format(input))
-        return batch_norm(input, *arguments, None)
     weight, bias = (None if t is None else t.reshape(-1) for t in (weight, bias))
+    if not use_input_stats:
+        if (  # of 16 bits torch adds up other layouts' dβ in 16, and long sums overflow
+            running_mean is not None
+            and running_var is not None
+            and input.dtype in native.WIDER
+            and input.numel() > 0
+            and not native.needs_no_gradient(weight, bias)
+        ):  # so add by sample, in planes, as torch.nn does
+            N = input.shape[0]
+            fixed = running_mean.repeat(N), running_var.repeat(N)
+            return _as_channels(input, weight, bias, eps, residual, activation, fixed, False)
+        return batch_norm(
+            input, running_mean, running_var, weight, bias,
+            False, 0.0, eps, residual, activation, None,
+        )  # fmt: skip
     if input.numel() == 0:
         return group_norm(input, input.shape[1], weight, bias, eps, residual, activation)
     statistics = None
@@ -111,16 +115,17 @@ def _as_channels(
     residual: Tensor | None,
     activation: str,
     statistics: tuple[Tensor, Tensor] | None,
+    training: bool = True,
 ) -> Tensor:
-    """A batch norm of (1, N·C, S)."""
+    """A batch norm of (1, N·C, S); in training the statistics, if any, become the instances'."""
     N, C = input.shape[:2]
     mean, var = (None, None) if statistics is None else (t.view(N * C) for t in statistics)
     dtype = torch.promote_types(input.dtype, torch.float32)  # gradients are added up over samples
     weight, bias = (None if t is None else t.to(dtype).repeat(N) for t in (weight, bias))
     y = batch_norm(
         input.reshape(1, N * C, -1).contiguous(), mean, var, weight, bias,
-        True, 1.0, eps, None if residual is None else residual.reshape(1, N * C, -1), activation,
-        None,
+        training, 1.0, eps, None if residual is None else residual.reshape(1, N * C, -1),
+        activation, None,
     )  # fmt: skip
     return y.view(input.shape).contiguous(memory_format=suggest_memory_format(input))
 

@@ -22,19 +22,32 @@ def layer_norm(
     activation: str,
 ) -> Tensor:
     """`act(layer_norm(input))` of arguments that `functional.layer_norm` has checked."""
-    parameters = [t.dtype for t in (weight, bias) if t is not None]
-    wider = native.WIDER.get(input.dtype, input.dtype)
-    # torch's CPU operator takes the input's dtype, or float32 of a 16-bit one if there is a weight
-    served = (input.dtype, wider) if weight is not None else (input.dtype,)
-    if any(dtype is not parameters[0] or dtype not in served for dtype in parameters):
-        weight, bias = (None if t is None else t.to(wider) for t in (weight, bias))
-        if weight is None and bias is not None:
-            weight = torch.ones_like(bias)
+    dtype = input.dtype
+    if (weight is not None and weight.dtype is not dtype) or (
+        bias is not None and bias.dtype is not dtype
+    ):
+        weight, bias = _served(weight, bias, dtype)
     if native.transformed():
         z = formulas.layer_norm(input, len(normalized_shape), weight, bias, eps)
     else:
         z = torch.layer_norm(input, tuple(normalized_shape), weight, bias, eps, False)
     return z if activation == "identity" else ACTIVATIONS[activation](z)
+
+
+def _served(
+    weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor | None, Tensor | None]:
+    """Parameters of dtypes that torch's CPU operator takes with an input of `dtype`.
+
+    That is the input's own, or, with a weight, the float32 of a 16-bit one.
+    """
+    wider = native.WIDER.get(dtype, dtype)
+    if weight is not None and weight.dtype is wider and (bias is None or bias.dtype is wider):
+        return weight, bias
+    weight, bias = (None if t is None else t.to(wider) for t in (weight, bias))
+    if weight is None and bias is not None:
+        weight = torch.ones_like(bias)
+    return weight, bias
 
 
 def add_layer_norm(

@@ -220,6 +220,11 @@ def gradients_again(
     return gradients
 
 
+def needs_no_gradient(*tensors: Tensor | None) -> bool:
+    """Whether no backward will follow."""
+    return not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in tensors)
+
+
 def observed(input: Tensor) -> bool:
     """Whether a subclass, a transform, forward-mode AD or a trace watches the operators."""
     return (

@@ -46,14 +46,13 @@ def rms_norm(
         return ACTIVATIONS[activation](z).to(native.output_dtype(input))
     shape = tuple(normalized_shape)
     if input.numel() < SMALL:
-        dtype = native.WIDER.get(input.dtype, input.dtype)
-        if dtype is input.dtype and (weight is None or weight.dtype is dtype):
-            # casts that change nothing take a microsecond
-            z = torch.rms_norm(input, shape, weight, eps)
-            return z if activation == "identity" else ACTIVATIONS[activation](z)
-        wide = input.to(dtype)
-        z = torch.rms_norm(wide, shape, None if weight is None else weight.to(dtype), eps)
-        return (z if activation == "identity" else ACTIVATIONS[activation](z)).to(input.dtype)
+        dtype = input.dtype
+        if activation == "identity" and (weight is None or weight.dtype is dtype):
+            return torch.rms_norm(input, shape, weight, eps)  # computes in the wider dtype itself
+        wider = native.WIDER.get(dtype, dtype)
+        wide = None if weight is None else weight.to(wider)
+        z = torch.rms_norm(input.to(wider), shape, wide, eps)
+        return ACTIVATIONS[activation](z).to(dtype)
     if torch.is_grad_enabled() and (
         input.requires_grad or (weight is not None and weight.requires_grad)
     ):

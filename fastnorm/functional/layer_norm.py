@@ -8,6 +8,8 @@ from torch import Tensor
 from fastnorm import checks
 from fastnorm.backend import implementation
 
+EPSILON_32, EPSILON_64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
+
 
 def layer_norm(
     input: Tensor,
@@ -174,4 +176,4 @@ def add_rms_norm(
 
 def _machine_epsilon(dtype: torch.dtype) -> float:
     """torch's default: that of the type it computes in."""
-    return torch.finfo(torch.float64 if dtype is torch.float64 else torch.float32).eps
+    return EPSILON_64 if dtype is torch.float64 else EPSILON_32
