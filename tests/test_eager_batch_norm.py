@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from fastnorm.eager import native
+from fastnorm.eager import batch_norm_cpu, native
 from fastnorm.eager.activations import ACTIVATIONS
 
 eager = importlib.import_module("fastnorm.eager.batch_norm")  # the package has a function so named
@@ -24,8 +24,8 @@ CONTIGUOUS = torch.contiguous_format
 @pytest.fixture(params=["direct", "planes", "centred planes", "huge", "centred huge"])
 def way(request, monkeypatch):
     """torch's operator, moments of ours (near and far means), own outputs and two-pass backward."""
-    monkeypatch.setattr(eager, "SMALL", 0)
-    monkeypatch.setattr(eager, "SHORT_PLANE", NEVER if request.param == "direct" else 2)
+    monkeypatch.setattr(batch_norm_cpu, "SMALL", 0)
+    monkeypatch.setattr(batch_norm_cpu, "SHORT_PLANE", NEVER if request.param == "direct" else 2)
     monkeypatch.setattr(native, "is_huge", lambda input: "huge" in request.param)
     monkeypatch.setattr(native, "LONG_COLUMN", 7)
     monkeypatch.setattr(native, "NEAR", 0 if "centred" in request.param else 1e3)
@@ -34,8 +34,8 @@ def way(request, monkeypatch):
 
 @pytest.fixture
 def planes(monkeypatch):
-    monkeypatch.setattr(eager, "SMALL", 0)
-    monkeypatch.setattr(eager, "SHORT_PLANE", 2)
+    monkeypatch.setattr(batch_norm_cpu, "SMALL", 0)
+    monkeypatch.setattr(batch_norm_cpu, "SHORT_PLANE", 2)
 
 
 def draw(*shape, dtype=torch.float64, memory_format=CONTIGUOUS, seed=0):
@@ -368,7 +368,7 @@ def test_pieces_of_a_plane():
 
 def test_backward_uses_the_buffers_of_its_forward(monkeypatch):
     """Evaluation, then the buffers move, then the gradient: torch refuses, our own way is right."""
-    monkeypatch.setattr(eager, "SMALL", 0)
+    monkeypatch.setattr(batch_norm_cpu, "SMALL", 0)
     monkeypatch.setattr(native, "is_huge", lambda input: True)
     x, mean, var = draw(4, 3, 6).requires_grad_(), draw(3), draw(3).abs()
     y = ours(x, mean, var, None, None, False, 0.1, 1e-5, None, "identity")

@@ -12,7 +12,7 @@ from test_instance_norm import problem as instance_problem
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm.eager import native
+from fastnorm.eager import group_norm_cpu, native
 
 eager = importlib.import_module("fastnorm.eager.group_norm")  # its package has such a function
 instances = importlib.import_module("fastnorm.eager.instance_norm")
@@ -23,12 +23,12 @@ SHAPES = [((3, 6, 4, 5), 2), ((2, 6, 7, 9), 6), ((2, 12, 6, 6), 1), ((2, 6, 3, 4
 def way(request, monkeypatch):
     """Small tensors are treated as those of many megabytes are."""
     monkeypatch.setattr(eager, "SHORT", 0)
-    monkeypatch.setattr(eager, "SMALL", 0)
-    monkeypatch.setattr(eager, "LARGE", 0)
-    monkeypatch.setattr(eager, "FEW", 100)
-    monkeypatch.setattr(eager, "ROWS", 64)
+    monkeypatch.setattr(group_norm_cpu, "SMALL", 0)
+    monkeypatch.setattr(group_norm_cpu, "LARGE", 0)
+    monkeypatch.setattr(group_norm_cpu, "FEW", 100)
+    monkeypatch.setattr(group_norm_cpu, "ROWS", 64)
     monkeypatch.setattr(instances, "SMALL", 0)
-    monkeypatch.setattr(eager, "SHORT_PLANE", 2)
+    monkeypatch.setattr(group_norm_cpu, "SHORT_PLANE", 2)
     monkeypatch.setattr(native, "is_huge", lambda input: "huge" in request.param)
     monkeypatch.setattr(native, "LONG_COLUMN", 7)
     monkeypatch.setattr(native, "NEAR", 0 if "centred" in request.param else 1e3)

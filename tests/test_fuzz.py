@@ -25,7 +25,7 @@ from torch import Tensor
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm.eager import native
+from fastnorm.eager import batch_norm_cpu, native
 from fastnorm.eager.activations import ACTIVATIONS
 
 if torch.cuda.is_available():
@@ -118,13 +118,12 @@ def cases(draw: st.DrawFn) -> Case:
 @contextlib.contextmanager
 def taking(way: str) -> Iterator[None]:
     """Make small tensors take the ways of large ones."""
-    eager = importlib.import_module("fastnorm.eager.batch_norm")  # its package has such a function
     with contextlib.ExitStack() as stack:
         if way != "shipped":
             huge = way == "huge"
             for owner, name, value in (
-                (eager, "SMALL", 0),
-                (eager, "SHORT_PLANE", 2),
+                (batch_norm_cpu, "SMALL", 0),
+                (batch_norm_cpu, "SHORT_PLANE", 2),
                 (native, "is_huge", lambda input: huge),
                 (native, "LONG_SUM", 4),
             ):

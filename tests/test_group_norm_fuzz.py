@@ -23,7 +23,7 @@ from torch import Tensor
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm.eager import native
+from fastnorm.eager import batch_norm_cpu, group_norm_cpu, native
 from fastnorm.eager.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.unchecked  # each example is, on its own
@@ -106,9 +106,8 @@ def cases(draw: st.DrawFn) -> Case:
 @contextlib.contextmanager
 def taking(way: str) -> Iterator[None]:
     """Make small tensors take the ways of large ones."""
-    eager, batch, instance = (
-        importlib.import_module(f"fastnorm.eager.{name}_norm")
-        for name in ("group", "batch", "instance")
+    eager, instance = (  # their package has functions so named
+        importlib.import_module(f"fastnorm.eager.{name}_norm") for name in ("group", "instance")
     )
     with contextlib.ExitStack() as stack:
 
@@ -117,8 +116,9 @@ def taking(way: str) -> Iterator[None]:
                 stack.enter_context(mock.patch.object(owner, name, value))
 
         if way != "shipped":
-            put(eager, SHORT=0, SMALL=0, LARGE=0, FEW=4, ROWS=64, SHORT_PLANE=2)
-            put(batch, SMALL=0, SHORT_PLANE=2)
+            put(eager, SHORT=0)
+            put(group_norm_cpu, SMALL=0, LARGE=0, FEW=4, ROWS=64, SHORT_PLANE=2)
+            put(batch_norm_cpu, SMALL=0, SHORT_PLANE=2)
             put(instance, SMALL=0)
             put(native, is_huge=lambda input: way == "huge", LONG_SUM=4)
         if way != "shipped" and fastnorm.backend_for(torch.ones(1)) == "triton":

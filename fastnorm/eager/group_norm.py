@@ -1,33 +1,15 @@
 """GroupNorm in torch operators: torch's own where it is fast, a shorter way where it is not.
 
     y = act(γ (x − μ) rstd + β + r)               μ, rstd: (N, G), of K channels by S positions
-    g = dy ∘ act′(y)     dβ = Σ g     dγ = Σ g (x − μ) rstd     dr = g
-    dx = rstd (γ g − ⟨γ g⟩ − (x − μ) rstd ⟨γ g (x − μ) rstd⟩)        ⟨⟩: the mean over a group
 
-Where torch loses time on a CPU, and what is done about it. Ratios are torch's time over ours;
-bench/bench_eager_group_norm.py measures them, and the ways that were not taken.
+Where torch loses time on a CPU, and what is done about it:
 
-* channels_last, backward: torch walks each group's channels by themselves, a sector of memory for a
-  few bytes. The reduction of batch norm's backward, sample by sample, and two elementwise passes
-  take their place (16 bits: in float32, a few rows at a time, lest what lies between is rounded).
-* From 32 MB on, the page faults of a new tensor cost more than its arithmetic: outputs are
-  allocated here, on huge pages (see native.py), and filled from moments of each channel, which are
-  more precise than torch's there.
+* The backward of channels_last, and tensors from 32 MB on: group_norm_cpu.py.
 * Residual and activation go in place over the output, which nobody else holds yet.
-
-And where torch goes wrong: its channels_last backward writes dx even where none was allocated,
-which ends the process where only the parameters' gradients are wanted. dx is always asked for.
-
-Torch's channels_last forward takes E[x²] − E[x]², and so is κ = |mean| / std times less precise
-than its contiguous one. It is kept below 32 MB and for 16 bits: nothing else is as fast there, and
-this is what torch.nn gives.
 
 Everything else, and all of it under torch.compile, torch.func, forward-mode AD and tracing, is
 `torch.group_norm` and plain operators.
 """
-
-from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,19 +17,12 @@ from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.eager.batch_norm import SHORT_PLANE, rounds_between
-from fastnorm.eager.native import STEPS, aten
+from fastnorm.eager.batch_norm import rounds_between
+from fastnorm.eager.group_norm_cpu import GroupNormFunction, normalize
+from fastnorm.eager.native import STEPS
 
 SHORT = 1 << 17
 """Elements below which what Python does counts."""
-SMALL = 1 << 16
-"""Elements of a sample below which the calls for each cost more than torch's one."""
-LARGE = 1 << 19
-"""The same for 16 bits, which are converted to float32, where a group has FEW channels or more."""
-FEW = 8
-"""Channels of a group from which on torch's channels_last backward is fast in float32."""
-ROWS = 1 << 16
-"""Elements that are converted to float32 at a time: they stay in a core's cache."""
 
 
 def group_norm(
@@ -99,7 +74,7 @@ def group_norm(
             input, weight, bias, residual, inner, num_groups, eps
         )
     else:
-        z = native.finish(_normalize(input, num_groups, weight, bias, eps)[0], residual, inner)
+        z = native.finish(normalize(input, num_groups, weight, bias, eps)[0], residual, inner)
     return (z if inner == activation else ACTIVATIONS[activation](z)).to(y_dtype)
 
 
@@ -158,178 +133,3 @@ def _plain(
         return z.contiguous(memory_format=kept)
     enabled = input.is_cpu or torch.backends.cudnn.enabled
     return torch.group_norm(input, num_groups, weight, bias, eps, enabled)
-
-
-def _normalize(
-    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Output, mean and rstd of a dense input, the latter two (N, G)."""
-    N, C = input.shape[:2]
-    S = input.numel() // (N * C)
-    if native.is_huge(input) and input.dtype not in native.WIDER and eps > 1e-30 and (
-        S >= SHORT_PLANE or not input.is_contiguous()
-    ):  # fmt: skip
-        output = native.empty_like(input)
-        parts = list(zip(_parts(input), _parts(output), strict=True))
-        found = [moments for x, out in parts if (moments := native.moments(x, out)) is not None]
-        if len(found) == len(parts):
-            centered, *each = zip(*found, strict=True)
-            offset, mean_c, var_c = (torch.stack(t).view(N, num_groups, -1) for t in each)
-            mean = mean_c.mean(2)
-            apart = mean_c - mean[..., None]
-            var = (var_c + apart * apart).mean(2)
-            rows = (len(parts), -1)
-            scale, bias = (None if t is None else t.repeat(N // len(parts)) for t in (weight, bias))
-            for x, m, v, (_, out) in zip(
-                centered, (offset - apart).view(rows), _on_channels(var, C).view(rows), parts,
-                strict=True,
-            ):  # fmt: skip
-                native.scale_shift(x, m, v, scale, bias, eps, out)
-            return output, mean, (var + eps).rsqrt_()
-    y, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, S, num_groups, eps)
-    return y, mean, rstd
-
-
-class GroupNormFunction(torch.autograd.Function):
-    """`_normalize` and `native.finish`, with their gradient."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        residual: Tensor | None,
-        activation: str,
-        num_groups: int,
-        eps: float,
-    ) -> Tensor:
-        output, mean, rstd = _normalize(input, num_groups, weight, bias, eps)
-        native.finish(output, residual, activation)
-        activated = None if activation == "identity" else output
-        ctx.save_for_backward(input, weight, activated, mean, rstd)
-        ctx.activation, ctx.num_groups, ctx.eps = activation, num_groups, eps
-        ctx.set_materialize_grads(False)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        if dy is None:  # nothing depends on the output
-            return (None,) * 7
-        gradients = differentiable_gradients if native.is_differentiated(dy) else _gradients
-        return *gradients(ctx, dy), None, None, None  # activation, num_groups, eps
-
-
-def through_activation(
-    activation: str, dy: Tensor, input: Tensor, activated: Tensor | None
-) -> Tensor:
-    """dy ∘ act′, laid out as the input; dy itself where it is that already."""
-    g = dy.contiguous(memory_format=native.memory_format(input))
-    if activated is None:
-        return g
-    _, act_backward, arguments = STEPS[activation]
-    out = native.empty_like(input) if g is dy else g
-    dz: Tensor = act_backward.grad_input(g, activated, *arguments, grad_input=out)
-    return dz
-
-
-def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dx, dγ, dβ and dr."""
-    input, weight, activated, mean, rstd = ctx.saved_tensors
-    for_input, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
-    g = through_activation(ctx.activation, dy, input, activated)
-    dr = g if for_residual else None
-    if not (for_input or for_weight or for_bias):
-        return None, None, None, dr
-    N, C = input.shape[:2]
-    S, G = input.numel() // (N * C), ctx.num_groups
-    K = C // G
-    if not _is_slow(input, K):
-        found = aten.native_group_norm_backward.default(
-            g, input, mean, rstd, weight, N, C, S, G, [True, True, True]
-        )
-        wanted = zip(found, (for_input, for_weight, for_bias), strict=True)
-        return *(t if asked else None for t, asked in wanted), dr
-
-    mean_c, rstd_c = (_on_channels(t, C) for t in (mean, rstd))
-    parts = list(zip(_parts(g), _parts(input), strict=True))
-    rows = (len(parts), -1)
-    sums = [
-        native.reduce(g_p, x_p, mean_p, rstd_p)
-        for (g_p, x_p), mean_p, rstd_p in zip(
-            parts, mean_c.view(rows), rstd_c.view(rows), strict=True
-        )
-    ]
-    product, total = (torch.cat(found).view(N, C) for found in zip(*sums, strict=True))
-    dx = None
-    if for_input:
-        dx = native.empty_like(input) if g is dy or for_residual else g
-        slope, shift = (
-            (t if weight is None else t * weight).view(N, G, K).sum(2) / (K * S)
-            for t in (product, total)
-        )
-        scale = rstd_c if weight is None else rstd_c * weight
-        of_input = slope * rstd * -rstd
-        constant = torch.addcmul(shift * -rstd, of_input, mean, value=-1)
-        of_input, constant = (_on_channels(t, C).view(rows) for t in (of_input, constant))
-        for (g_p, x_p), out, a, b, c in zip(
-            parts, _parts(dx), scale.view(rows), of_input, constant, strict=True
-        ):
-            _combine(g_p, x_p, a, b, c, out)
-    return dx, product.sum(0) if for_weight else None, total.sum(0) if for_bias else None, dr
-
-
-def _is_slow(input: Tensor, K: int) -> bool:
-    """Whether torch's backward of this input is slower than `_gradients`."""
-    if input.is_contiguous():
-        return native.is_huge(input) and input.dtype not in native.WIDER
-    least = SMALL if K < FEW else LARGE
-    return input.numel() >= least * len(input) and (K < FEW or input.dtype in native.WIDER)
-
-
-def _on_channels(t: Tensor, channels: int) -> Tensor:
-    """(N, G) as (N, C), in memory: torch's kernels take a stride of 0 for one of 1."""
-    return t.repeat_interleave(channels // t.shape[1], dim=1)
-
-
-def _parts(t: Tensor) -> Iterator[Tensor]:
-    """Views in which each channel of each sample is a channel: all of them, or a sample's."""
-    if t.is_contiguous():
-        yield t.view(1, t.shape[0] * t.shape[1], -1)
-    else:
-        yield from torch.split(t, 1)
-
-
-def _combine(
-    g: Tensor, input: Tensor, scale: Tensor, of_input: Tensor, constant: Tensor, output: Tensor
-) -> None:
-    """Write `scale g + of_input input + constant`, of a part, to output, which may be g."""
-    if input.dtype not in native.WIDER:
-        zero, one = torch.zeros_like(scale), torch.ones_like(scale)
-        native.scale_shift(g, zero, one, scale, constant, 0.0, output)
-        output.addcmul_(input, native.per_channel(of_input, input))
-        return
-    # 16 bits have channels last here
-    g, input, output = (t.movedim(1, -1).reshape(-1, t.shape[1]) for t in (g, input, output))
-    for g_p, x_p, out in zip(
-        *(torch.split(t, max(ROWS // len(scale), 1)) for t in (g, input, output)), strict=True
-    ):
-        z = torch.addcmul(constant, x_p.to(scale.dtype), of_input)
-        out.copy_(z.addcmul_(g_p.to(scale.dtype), scale))
-
-
-def differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """The same by differentiable operators: normalize again, and differentiate that."""
-    input, weight, activated, _, rstd = ctx.saved_tensors
-    for_input, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
-    g = dy
-    if activated is not None:
-        _, act_backward, arguments = STEPS[ctx.activation]
-        g = act_backward.default(dy, activated.detach(), *arguments)
-    dx, dw = native.gradients_again(
-        lambda x, weight: formulas.group_norm(x, ctx.num_groups, weight, None, ctx.eps),
-        (input, weight), (for_input, for_weight), g,
-    )  # fmt: skip
-    db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None
-    return dx, dw, db, g if for_residual else None

@@ -23,14 +23,11 @@ from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.eager.batch_norm import apply_moments, batch_norm
-from fastnorm.eager.group_norm import (
-    channels_are_last,
-    differentiable_gradients,
-    group_norm,
-    prepared,
-    through_activation,
-)
+from fastnorm.eager.batch_norm import batch_norm
+from fastnorm.eager.batch_norm_cpu import apply_moments
+from fastnorm.eager.channels import differentiable_gradients, through_activation
+from fastnorm.eager.group_norm import channels_are_last, group_norm, prepared
+from fastnorm.eager.group_norm_cpu import normalize_again
 from fastnorm.eager.native import STEPS, aten
 
 SMALL = 1 << 15
@@ -210,8 +207,11 @@ class InstanceNormFunction(torch.autograd.Function):
         (dy,) = grads
         if dy is None:  # nothing depends on the output
             return (None,) * 7
-        gradients = differentiable_gradients if native.is_differentiated(dy) else _gradients
-        return *gradients(ctx, dy), None, None, None  # activation, eps, statistics
+        if native.is_differentiated(dy):
+            gradients = differentiable_gradients(ctx, dy, normalize_again)
+        else:
+            gradients = _gradients(ctx, dy)
+        return *gradients, None, None, None  # activation, eps, statistics
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

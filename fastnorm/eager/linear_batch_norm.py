@@ -23,12 +23,12 @@ from fastnorm.eager.batch_norm import batch_norm
 from fastnorm.eager.native import STEPS
 from fastnorm.eager.sync_batch_norm import (
     count_batch,
-    gradients_about,
     merged,
     move_buffers,
     sync_batch_norm,
     told,
 )
+from fastnorm.eager.sync_formulas import gradients_about
 from fastnorm.kernels import cost
 
 BLOCK_BYTES = 1 << 20

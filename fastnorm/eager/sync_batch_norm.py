@@ -7,7 +7,7 @@ averages gradients over processes averages them too.
 
 A part of a large batch is read a block of samples at a time, so that a CPU has each in its cache;
 sums over blocks are float64. Under torch.compile, torch.func, forward-mode AD and tracing, and for
-second derivatives, everything is differentiable operators, sums over processes included.
+second derivatives, everything is differentiable operators: sync_formulas.py.
 """
 
 from collections.abc import Iterator
@@ -16,10 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastnorm.distributed import gathered, sum_over, summed
-from fastnorm.eager import native
+from fastnorm.distributed import gathered, summed
+from fastnorm.eager import native, sync_formulas
 from fastnorm.eager.activations import ACTIVATIONS, GRAD_FROM_OUTPUT
+from fastnorm.eager.gram import compute_dtype
 from fastnorm.eager.native import per_channel
+from fastnorm.eager.sync_formulas import axes, differentiable_gradients, gated
 
 BLOCK_BYTES = 1 << 20
 """Of float64: what a core's second-level cache holds with room to spare."""
@@ -51,11 +53,15 @@ def sync_batch_norm(
 ) -> Tensor:
     """`act(batch_norm(input) + residual)` in training, the batch being that of all processes."""
     momentum = count_batch(num_batches_tracked, True, momentum)
-    buffers = (running_mean, running_var)
     if torch.compiler.is_compiling() or native.observed(input):
-        return _composed(input, *buffers, weight, bias, momentum, eps, residual, activation, group)
+        z, mean, var, count = sync_formulas.batch_norm(
+            input, weight, bias, eps, residual, activation, group
+        )
+        with torch.no_grad():
+            move_buffers(running_mean, running_var, mean.double(), var.double(), count, momentum)
+        return z
     y: Tensor = SyncBatchNormFunction.apply(  # type: ignore[no-untyped-call]
-        input, residual, weight, bias, *buffers, momentum, eps, activation, group
+        input, residual, weight, bias, running_mean, running_var, momentum, eps, activation, group
     )
     return y
 
@@ -99,14 +105,6 @@ class SyncBatchNormFunction(torch.autograd.Function):
         return *_gradients(ctx, dy), *buffers_and_options
 
 
-def _compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
-def _axes(input: Tensor) -> list[int]:
-    return [0, *range(2, input.dim())]
-
-
 def _blocks(*tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
     """Some samples of each tensor at a time; all of them where the device is not a CPU."""
     like = next(t for t in tensors if t is not None)
@@ -128,14 +126,14 @@ def _moments(input: Tensor) -> Tensor:
         assert block is not None
         values = block.numel() // block.shape[1]
         wide = block.double()
-        block_mean = wide.mean(_axes(block))
-        square = (wide - per_channel(block_mean, block)).square_().sum(_axes(block))
+        block_mean = wide.mean(axes(block))
+        square = (wide - per_channel(block_mean, block)).square_().sum(axes(block))
         share = values / (count + values)
         m2 += square + (block_mean - mean).square_() * (count * share)
         # an average, not mean + d · share: an infinite mean stays infinite, as in a plain sum
         mean = block_mean if count == 0 else mean * (1 - share) + block_mean * share
         count += values
-    return told(mean, (m2 / max(count, 1)).sqrt_(), count, _compute_dtype(input.dtype))
+    return told(mean, (m2 / max(count, 1)).sqrt_(), count, compute_dtype(input.dtype))
 
 
 def told(mean: Tensor, std: Tensor, count: int, dtype: torch.dtype) -> Tensor:
@@ -189,7 +187,7 @@ def _coefficients(
     shift = -rest * scale
     if bias is not None:
         shift = shift + bias.double().reshape(-1)
-    dtype = _compute_dtype(input.dtype)
+    dtype = compute_dtype(input.dtype)
     mean, scale, shift = (per_channel(t.to(dtype), input) for t in (mean, scale, shift))
     return mean, scale, shift
 
@@ -228,7 +226,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
             g = GRAD_FROM_OUTPUT[ctx.activation](g, y)
         elif ctx.activation != "identity":
             z = torch.addcmul(shift, d, scale)
-            g = _gated(ctx.activation, z if r is None else z.add_(r), g)
+            g = gated(ctx.activation, z if r is None else z.add_(r), g)
         return torch.addcmul(unit[1], d, unit[0]), g
 
     dresidual = None
@@ -239,7 +237,7 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         assert x is not None
         assert g is not None
         xhat, dz = xhat_dz(x, g, act, r)
-        sums += torch.stack([(xhat * dz).sum(_axes(x)), dz.sum(_axes(x))])
+        sums += torch.stack([(xhat * dz).sum(axes(x)), dz.sum(axes(x))])
         if out is not None:
             out.copy_(dz)
     dx = None
@@ -258,99 +256,3 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     dw = sums[0].to(weight.dtype).view_as(weight) if for_weight else None
     db = sums[1].to(bias.dtype).view_as(bias) if for_bias else None
     return dx, dresidual, dw, db
-
-
-def _gated(activation: str, z: Tensor, dy: Tensor) -> Tensor:
-    """dy · act′(z); differentiable where gradients are recorded."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        z = z if z.requires_grad else z.detach().requires_grad_()
-        (dz,) = torch.autograd.grad(ACTIVATIONS[activation](z), z, dy, create_graph=create_graph)
-    return dz
-
-
-def differentiable_gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    """dx, dresidual, dγ and dβ by differentiable operators, sums over processes among them."""
-    input, weight, bias, stats, _, y, residual = ctx.saved_tensors
-    options = (ctx.eps, ctx.activation, ctx.group, ctx.needs_input_grad[:4])
-    dx, dz, dw, db = gradients_about(stats[0], dy, input, y, residual, weight, bias, *options)
-    return dx, dz.to(ctx.residual_dtype) if ctx.needs_input_grad[1] else None, dw, db
-
-
-def gradients_about(
-    mean: Tensor,
-    dy: Tensor,
-    input: Tensor,
-    y: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    group: Any,
-    wanted: tuple[bool, ...],
-) -> tuple[Tensor | None, Tensor, Tensor | None, Tensor | None]:
-    """(dx, dz, dγ, dβ) by differentiable operators; y where its sign is enough for act′."""
-    for_input, _, for_weight, for_bias = wanted
-    xhat, rstd, _, _, count = _standardized(input, mean, eps, group)
-    g = dy.to(xhat.dtype)
-    w = None if weight is None else weight.to(xhat.dtype).reshape(-1)
-    if y is not None:
-        g = GRAD_FROM_OUTPUT[activation](g, y)
-    elif activation != "identity":
-        z = _affine(xhat, w, None if bias is None else bias.to(xhat.dtype).reshape(-1))
-        g = _gated(activation, z if residual is None else z + residual, g)
-    sums = torch.stack([(xhat * g).sum(_axes(input)), g.sum(_axes(input))])
-    dx = None
-    if for_input:
-        total = sum_over(sums, group) / count
-        scale = rstd if w is None else rstd * w
-        slope, offset, scale = (per_channel(t, input) for t in (*total, scale))
-        dx = ((g - offset - xhat * slope) * scale).to(input.dtype)
-    dw = sums[0].to(weight.dtype).view_as(weight) if weight is not None and for_weight else None
-    db = sums[1].to(bias.dtype).view_as(bias) if bias is not None and for_bias else None
-    return dx, g, dw, db
-
-
-def _standardized(
-    input: Tensor, about: Tensor | None, eps: float, group: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(x̂, rstd, mean, variance, count); with `about`, near the mean, it costs no digits."""
-    x = input.to(_compute_dtype(input.dtype))
-    if about is not None:
-        x = x - per_channel(about.to(x.dtype), x)
-    values = x.new_full((1,), x.numel() // max(x.shape[1], 1))
-    *_, count = found = sum_over(torch.cat([x.sum(_axes(x)), values]), group)
-    mean = found[:-1] / count
-    d = x - per_channel(mean, x)
-    var = sum_over(d.square().sum(_axes(x)), group) / count
-    rstd = (var + eps).rsqrt()
-    return d * per_channel(rstd, x), rstd, mean, var, count
-
-
-def _affine(xhat: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    z = xhat if weight is None else xhat * per_channel(weight, xhat)
-    return z if bias is None else z + per_channel(bias, z)
-
-
-def _composed(
-    input: Tensor,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    momentum: float | Tensor,
-    eps: float,
-    residual: Tensor | None,
-    activation: str,
-    group: Any,
-) -> Tensor:
-    """The whole of it by differentiable operators."""
-    xhat, _, mean, var, count = _standardized(input, None, eps, group)
-    with torch.no_grad():
-        move_buffers(running_mean, running_var, mean.double(), var.double(), count, momentum)
-    w, b = (None if t is None else t.to(xhat.dtype).reshape(-1) for t in (weight, bias))
-    z = _affine(xhat, w, b)
-    z = z if residual is None else z + residual
-    like = input if residual is None else residual
-    return ACTIVATIONS[activation](z).to(torch.promote_types(input.dtype, like.dtype))

@@ -1,5 +1,6 @@
 """BatchNorm as a differentiable operation: views, saved tensors, casts. No arithmetic."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,10 +8,10 @@ from torch import Tensor
 
 from fastnorm import eager
 from fastnorm.eager import native
-from fastnorm.eager.activations import GRAD_FROM_OUTPUT
 from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels.launch import ChannelView
-from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of, recorded
+from fastnorm.ops.channels import changed, differentiable_gradients, residual_gradient, save
+from fastnorm.ops.layout import as_vector, channel_view, laid_out_as, on_device_of, recorded
 from fastnorm.ops.library import batch_norm as library
 
 
@@ -41,32 +42,22 @@ class BatchNormFunction(torch.autograd.Function):
                 x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
                 training, momentum, eps, activation, view,
             )  # fmt: skip
-        for buffer in (running_mean, running_var, num_batches_tracked):
-            if training and buffer is not None:
-                torch.autograd.graph.increment_version(buffer)
-        gate = kernels.saved_for_gate(activation, residual is not None)
-        from_z = activation != "identity" and gate != "output"
-        ctx.save_for_backward(
-            x, weight, bias if from_z else None, stats,
-            y if gate == "output" else None,
-            residual if gate == "residual" else None,
-        )  # fmt: skip
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.training, ctx.eps, ctx.activation, ctx.view = training, eps, activation, view
-        ctx.set_materialize_grads(False)
+        if training:
+            changed(running_mean, running_var, num_batches_tracked)
+        save(ctx, x, weight, bias, stats, y, residual, activation)
+        ctx.training, ctx.eps, ctx.view = training, eps, view
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:  # nothing depends on the output
             return (None,) * 12
-        x, weight, bias, stats, y, residual = ctx.saved_tensors
+        saved = x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
         if native.is_differentiated(dy):
-            saved = (x, weight, bias, stats, y, residual)
-            return *_differentiable_backward(ctx, dy, *saved), *buffers_and_options
+            again = partial(_again, ctx, stats)
+            return *differentiable_gradients(ctx, dy, saved, again), *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         with on_device_of(x):
             dx, dz, dw, db = (library if recorded(x) else kernels).backward(
@@ -74,39 +65,24 @@ class BatchNormFunction(torch.autograd.Function):
                 ctx.training, ctx.activation, ctx.view,
                 (dx_wanted, dz_dtype, dw_wanted, ctx.bias_dtype if db_wanted else None),
             )  # fmt: skip
-        dresidual = None
-        if dresidual_wanted:  # without a dz there is nothing between the sum and the output
-            dresidual = (dy if dz is None else dz).to(ctx.residual_dtype)
-        return dx, dresidual, dw, db, *buffers_and_options
+        return dx, residual_gradient(ctx, dy, dz), dw, db, *buffers_and_options
 
 
-def _differentiable_backward(
+def _again(
     ctx: Any,
-    dy: Tensor,
+    stats: Tensor,
+    activation: str,
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    stats: Tensor,
-    y: Tensor | None,
-    residual: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The four gradients in torch operators, for second derivatives."""
-    dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
-    activation = "identity" if y is not None else ctx.activation
+) -> Tensor:
+    """The output in torch operators, from the same statistics."""
     mean, var = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)
     eps = ctx.eps if ctx.training else 0.0  # rstd⁻² is the variance with eps in it
-    gradients = native.gradients_again(
-        lambda x, residual, weight, bias: eager.batch_norm(
-            x, mean, var, weight, bias, ctx.training, 0.0, eps, residual, activation, None
-        ),
-        (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,
-    )  # fmt: skip
-    if ctx.needs_input_grad[1] and residual is None:
-        gradients[1] = dz.to(ctx.residual_dtype)
-    if ctx.needs_input_grad[3] and bias is None:
-        axes = [0, *range(2, dz.ndim)]
-        gradients[3] = dz.sum(axes, dtype=stats.dtype).to(ctx.bias_dtype)
-    return tuple(gradients)
+    return eager.batch_norm(
+        x, mean, var, weight, bias, ctx.training, 0.0, eps, residual, activation, None
+    )
 
 
 def batch_norm(
@@ -141,8 +117,8 @@ def batch_norm(
     y: Tensor = BatchNormFunction.apply(
         x,
         None if residual is None else laid_out_as(residual, x),
-        None if weight is None else weight.reshape(-1).contiguous(),
-        None if bias is None else bias.reshape(-1).contiguous(),
+        as_vector(weight),
+        as_vector(bias),
         running_mean,
         running_var,
         num_batches_tracked,

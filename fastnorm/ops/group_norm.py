@@ -1,5 +1,6 @@
 """GroupNorm and InstanceNorm as differentiable operations: views, saved tensors, casts."""
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -7,12 +8,12 @@ from torch import Tensor
 
 from fastnorm import eager
 from fastnorm.eager import native
-from fastnorm.eager.activations import GRAD_FROM_OUTPUT
 from fastnorm.kernels import group_norm as kernels
 from fastnorm.kernels.launch import ChannelView
 from fastnorm.ops.batch_norm import batch_norm
+from fastnorm.ops.channels import changed, differentiable_gradients, residual_gradient, save
 from fastnorm.ops.layer_norm import layer_norm
-from fastnorm.ops.layout import laid_out_as, on_device_of, recorded, sample_view
+from fastnorm.ops.layout import as_vector, laid_out_as, on_device_of, recorded, sample_view
 from fastnorm.ops.library import group_norm as library
 
 
@@ -43,32 +44,21 @@ class GroupNormFunction(torch.autograd.Function):
                 x, residual, weight, bias, running_mean, running_var, momentum,
                 eps, activation, view, num_groups, y_dtype,
             )  # fmt: skip
-        for buffer in (running_mean, running_var):
-            if buffer is not None:
-                torch.autograd.graph.increment_version(buffer)
-        gate = kernels.saved_for_gate(activation, residual is not None)
-        from_z = activation != "identity" and gate != "output"
-        ctx.save_for_backward(
-            x, weight, bias if from_z else None, stats,
-            y if gate == "output" else None,
-            residual if gate == "residual" else None,
-        )  # fmt: skip
-        ctx.residual_dtype = None if residual is None else residual.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.eps, ctx.activation, ctx.view, ctx.num_groups = eps, activation, view, num_groups
-        ctx.set_materialize_grads(False)
+        changed(running_mean, running_var)
+        save(ctx, x, weight, bias, stats, y, residual, activation)
+        ctx.eps, ctx.view, ctx.num_groups = eps, view, num_groups
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         if dy is None:  # nothing depends on the output
             return (None,) * 12
-        x, weight, bias, stats, y, residual = ctx.saved_tensors
+        saved = x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
         if native.is_differentiated(dy):
-            saved = (x, weight, bias, stats, y, residual)
-            return *_differentiable_backward(ctx, dy, *saved), *buffers_and_options
+            again = partial(_again, ctx)
+            return *differentiable_gradients(ctx, dy, saved, again), *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         dz = dx = dw = db = None
         gated = y is not None or residual is not None
@@ -79,37 +69,19 @@ class GroupNormFunction(torch.autograd.Function):
                     ctx.activation, ctx.view, ctx.num_groups,
                     (dx_wanted, dz_dtype, dw_wanted, ctx.bias_dtype if db_wanted else None),
                 )  # fmt: skip
-        dresidual = None
-        if dresidual_wanted:  # without a dz there is nothing between the sum and the output
-            dresidual = (dy if dz is None else dz).to(ctx.residual_dtype)
-        return dx, dresidual, dw, db, *buffers_and_options
+        return dx, residual_gradient(ctx, dy, dz), dw, db, *buffers_and_options
 
 
-def _differentiable_backward(
+def _again(
     ctx: Any,
-    dy: Tensor,
+    activation: str,
     x: Tensor,
+    residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
-    stats: Tensor,
-    y: Tensor | None,
-    residual: Tensor | None,
-) -> tuple[Tensor | None, ...]:
-    """The four gradients in torch operators, for second derivatives."""
-    dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
-    activation = "identity" if y is not None else ctx.activation
-    gradients = native.gradients_again(
-        lambda x, residual, weight, bias: eager.group_norm(
-            x, ctx.num_groups, weight, bias, ctx.eps, residual, activation
-        ),
-        (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,
-    )  # fmt: skip
-    if ctx.needs_input_grad[1] and residual is None:
-        gradients[1] = dz.to(ctx.residual_dtype)
-    if ctx.needs_input_grad[3] and bias is None:
-        axes = [0, *range(2, dz.ndim)]
-        gradients[3] = dz.sum(axes, dtype=stats.dtype).to(ctx.bias_dtype)
-    return tuple(gradients)
+) -> Tensor:
+    """The output in torch operators."""
+    return eager.group_norm(x, ctx.num_groups, weight, bias, ctx.eps, residual, activation)
 
 
 def _normalized(
@@ -129,8 +101,8 @@ def _normalized(
     y: Tensor = GroupNormFunction.apply(
         x,
         None if residual is None else laid_out_as(residual, x),
-        None if weight is None else weight.reshape(-1).contiguous(),
-        None if bias is None else bias.reshape(-1).contiguous(),
+        as_vector(weight),
+        as_vector(bias),
         running_mean,
         running_var,
         momentum,

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastnorm import eager
 from fastnorm.eager import native
 from fastnorm.kernels import layer_norm as kernels
-from fastnorm.ops.layout import as_rows, on_device_of, recorded
+from fastnorm.ops.layout import as_rows, as_vector, on_device_of, recorded
 from fastnorm.ops.library import layer_norm as library
 
 
@@ -116,14 +116,9 @@ def _normalize(
     activation: str,
     center: bool,
 ) -> Any:
-    weight, bias = (None if t is None else _vector(t) for t in (weight, bias))
     return LayerNormFunction.apply(
-        input, residual, weight, bias, tuple(shape), eps, activation, center
+        input, residual, as_vector(weight), as_vector(bias), tuple(shape), eps, activation, center
     )
-
-
-def _vector(t: Tensor) -> Tensor:
-    return (t if t.ndim == 1 else t.reshape(-1)).contiguous()
 
 
 def layer_norm(

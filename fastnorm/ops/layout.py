@@ -24,12 +24,6 @@ def channel_view(x: Tensor) -> tuple[Tensor, ChannelView]:
     return x.contiguous(), ChannelView(batch, channels, positions, columns=False)
 
 
-def as_rows(x: Tensor, size: int) -> Tensor:
-    """`x` as (rows, size) with a contiguous last axis: a view, or the one copy that it takes."""
-    rows = x.reshape(-1, size)
-    return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
-
-
 def sample_view(x: Tensor) -> tuple[Tensor, ChannelView]:
     """The same, for what is computed sample by sample: its N is the batch in both layouts."""
     dense, _ = channel_view(x)
@@ -40,13 +34,6 @@ def sample_view(x: Tensor) -> tuple[Tensor, ChannelView]:
     return dense, ChannelView(batch, channels, positions, columns)
 
 
-def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
-    """`t` with the strides of the dense `x`: itself, or a copy."""
-    if t.stride() == x.stride():
-        return t
-    return torch.empty_like(x, dtype=t.dtype).copy_(t)
-
-
 def view_of(x: Tensor, columns: bool, by_sample: bool = False) -> ChannelView:
     """The view of a dense `x` of which `channel_view` or `sample_view` told the layout."""
     batch, channels = x.shape[:2]
@@ -54,6 +41,24 @@ def view_of(x: Tensor, columns: bool, by_sample: bool = False) -> ChannelView:
     if columns and not by_sample:
         return ChannelView(1, channels, batch * positions, columns)
     return ChannelView(batch, channels, positions, columns)
+
+
+def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
+    """`t` with the strides of the dense `x`: itself, or a copy."""
+    if t.stride() == x.stride():
+        return t
+    return torch.empty_like(x, dtype=t.dtype).copy_(t)
+
+
+def as_rows(x: Tensor, size: int) -> Tensor:
+    """`x` as (rows, size) with a contiguous last axis: a view, or the one copy that it takes."""
+    rows = x.reshape(-1, size)
+    return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
+
+
+def as_vector(t: Tensor | None) -> Tensor | None:
+    """A parameter as a dense vector: itself, a view, or a copy."""
+    return None if t is None else (t if t.ndim == 1 else t.reshape(-1)).contiguous()
 
 
 def recorded(x: Tensor) -> bool:

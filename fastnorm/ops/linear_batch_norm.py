@@ -21,7 +21,8 @@ from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels.launch import ChannelView, device_of
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
-from fastnorm.ops.layout import as_recorded, channel_view, on_device_of, recorded
+from fastnorm.ops.channels import changed
+from fastnorm.ops.layout import as_recorded, as_vector, channel_view, on_device_of, recorded
 from fastnorm.ops.library import linear_batch_norm as library
 from fastnorm.ops.library import linear_batch_norm_epilogue as epilogue_library
 from fastnorm.ops.sync_batch_norm import ProductFunction, sync_batch_norm
@@ -56,7 +57,8 @@ class GramFunction(torch.autograd.Function):
                 training, momentum, eps, activation, view,
                 *(() if group is None else (partial(gathered, group=group),)),
             )  # fmt: skip
-        _changed(training, running_mean, running_var)
+        if training:
+            changed(running_mean, running_var)
         ctx.save_for_backward(
             x, y if activation != "identity" else None, weight, None if training else bias,
             norm_weight, norm_bias, *folded,
@@ -126,7 +128,8 @@ class EpilogueFunction(torch.autograd.Function):
                 x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
                 training, momentum, eps, activation, view,
             )  # fmt: skip
-        _changed(training, running_mean, running_var)
+        if training:
+            changed(running_mean, running_var)
         ctx.save_for_backward(
             x, z, weight, None if training else bias, norm_weight, norm_bias, stats
         )
@@ -156,13 +159,6 @@ class EpilogueFunction(torch.autograd.Function):
             )  # fmt: skip
         db = bias_gradient(db, wanted[2], ctx.bias_like)
         return dx, dw, db, dgamma, dbeta, *buffers_and_options
-
-
-def _changed(training: bool, *buffers: Tensor | None) -> None:
-    """Tell autograd of buffers that a kernel has moved."""
-    for buffer in buffers:
-        if training and buffer is not None:
-            torch.autograd.graph.increment_version(buffer)
 
 
 def _laid_out(t: Tensor, view: ChannelView) -> Tensor:
@@ -230,8 +226,8 @@ def linear_batch_norm(
         x.movedim(1, -1).flatten(0, -2) if as_rows else x,
         weight.contiguous(),
         None if bias is None else bias.contiguous(),
-        None if norm_weight is None else norm_weight.reshape(-1).contiguous(),
-        None if norm_bias is None else norm_bias.reshape(-1).contiguous(),
+        as_vector(norm_weight),
+        as_vector(norm_bias),
         *buffers,
         training,
         momentum,

@@ -11,12 +11,14 @@ from fastnorm import eager
 from fastnorm.distributed import gathered, summed
 from fastnorm.eager import native
 from fastnorm.eager.linear_batch_norm import bias_gradient
-from fastnorm.eager.sync_batch_norm import count_batch, differentiable_gradients
+from fastnorm.eager.sync_batch_norm import count_batch
+from fastnorm.eager.sync_formulas import differentiable_gradients
 from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels import sync_batch_norm as sync
 from fastnorm.kernels.launch import ChannelView
-from fastnorm.ops.layout import channel_view, laid_out_as, on_device_of
+from fastnorm.ops.channels import changed, residual_gradient
+from fastnorm.ops.layout import as_vector, channel_view, laid_out_as, on_device_of
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -46,9 +48,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 x, residual, weight, bias, running_mean, running_var,
                 momentum, eps, activation, view, partial(gathered, group=group), found,
             )  # fmt: skip
-        for buffer in (running_mean, running_var):
-            if buffer is not None:
-                torch.autograd.graph.increment_version(buffer)
+        changed(running_mean, running_var)
         gate = kernels.saved_for_gate(activation, residual is not None)
         ctx.save_for_backward(
             x, weight, bias, stats, count,
@@ -78,10 +78,7 @@ class SyncBatchNormFunction(torch.autograd.Function):
                 ),
                 partial(summed, group=ctx.group),
             )  # fmt: skip
-        dresidual = None
-        if dresidual_wanted:  # without a dz there is nothing between the sum and the output
-            dresidual = (dy if dz is None else dz).to(ctx.residual_dtype)
-        return dx, dresidual, dw, db, *buffers_and_options
+        return dx, residual_gradient(ctx, dy, dz), dw, db, *buffers_and_options
 
 
 class ProductFunction(torch.autograd.Function):
@@ -135,8 +132,8 @@ def sync_batch_norm(
     y: Tensor = SyncBatchNormFunction.apply(
         x,
         None if residual is None else laid_out_as(residual, x),
-        None if weight is None else weight.reshape(-1).contiguous(),
-        None if bias is None else bias.reshape(-1).contiguous(),
+        as_vector(weight),
+        as_vector(bias),
         running_mean,
         running_var,
         count_batch(num_batches_tracked, True, momentum),

@@ -7,50 +7,40 @@ from torch import Tensor
 
 from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels.launch import ChannelView
-from fastnorm.ops.layout import on_device_of, view_of
-from fastnorm.ops.library.definition import given, kernel, moving, spread
-
-_FORWARD = (
-    "(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
-    "Tensor{}? running_mean, Tensor{}? running_var, Tensor{}? num_batches_tracked, bool training, "
-    "Tensor? momentum, float share, float eps, str activation, bool columns) "
-    "-> (Tensor y, Tensor stats)"
+from fastnorm.kernels.products import compute_dtype
+from fastnorm.ops.layout import view_of
+from fastnorm.ops.library.definition import (
+    given,
+    kernel,
+    launched,
+    moved_by,
+    moving,
+    spread,
+    updating,
+    with_update,
 )
 
 
 def _forward_fake(x: Tensor, residual: Tensor | None, *arguments: object) -> tuple[Tensor, Tensor]:
     y_dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
-    stats = torch.empty(3, x.shape[1], dtype=dtype, device=x.device)
+    stats = torch.empty(3, x.shape[1], dtype=compute_dtype(x.dtype), device=x.device)
     return torch.empty_like(x, dtype=y_dtype), stats
 
 
 @kernel(
-    "batch_norm_forward" + _FORWARD.format("", "", ""),
-    "batch_norm_forward_with_update" + _FORWARD.format("(a!)", "(b!)", "(c!)"),
+    *with_update(
+        "batch_norm_forward(Tensor x, Tensor? residual, Tensor? weight, Tensor? bias, "
+        "Tensor(a!)? running_mean, Tensor(b!)? running_var, Tensor(c!)? num_batches_tracked, "
+        "bool training, Tensor? momentum, float share, float eps, str activation, bool columns) "
+        "-> (Tensor y, Tensor stats)"
+    ),
     fake=_forward_fake,
 )
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    num_batches_tracked: Tensor | None,
-    training: bool,
-    momentum: Tensor | None,
-    share: float,
-    eps: float,
-    activation: str,
-    columns: bool,
-) -> tuple[Tensor, Tensor]:
-    with on_device_of(x):
-        return kernels.forward(
-            x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
-            training, share if momentum is None else momentum, eps, activation,
-            view_of(x, columns),
-        )  # fmt: skip
+def _forward(x: Tensor, *arguments: Any) -> Any:
+    *others, momentum, share, eps, activation, columns = arguments
+    return launched(
+        kernels.forward, x, *others, moved_by(momentum, share), eps, activation, view_of(x, columns)
+    )
 
 
 def forward(
@@ -67,10 +57,8 @@ def forward(
     activation: str,
     view: ChannelView,
 ) -> tuple[Tensor, Tensor]:
-    operators = torch.ops.fastnorm
     moves = training and (running_mean is not None or num_batches_tracked is not None)
-    operator = operators.batch_norm_forward_with_update if moves else operators.batch_norm_forward
-    y, stats = operator(
+    y, stats = updating("batch_norm_forward", moves)(
         x, residual, weight, bias, running_mean, running_var, num_batches_tracked,
         training, *moving(momentum), eps, activation, view.columns,
     )  # fmt: skip
@@ -92,19 +80,11 @@ def gradients_wanted(
     return wants_dx, has_dz, has_dw, db_dtype is not None
 
 
-def gradients_fake(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    *options: Any,
-) -> list[Tensor]:
-    """Those of any operator that ends with what is wanted."""
-    wanted = gradients_wanted(y, residual, weight, *options[-4:])
-    _, dz_dtype, _, db_dtype = options[-4:]
+def gradients_fake(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    """Those of any operator that begins with dy, x, y, … and ends with what is wanted."""
+    y, residual, weight, *_ = arguments
+    wanted = gradients_wanted(y, residual, weight, *arguments[-4:])
+    _, dz_dtype, _, db_dtype = arguments[-4:]
     found = (
         torch.empty_like(x),
         torch.empty_like(dy, dtype=dz_dtype),
@@ -120,38 +100,23 @@ def gradients_fake(
     "bool wants_dx, ScalarType? dz_dtype, bool wants_dw, ScalarType? db_dtype) -> Tensor[]",
     fake=gradients_fake,
 )
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    training: bool,
-    activation: str,
-    columns: bool,
-    *wanted: Any,
-) -> list[Tensor]:
-    with on_device_of(x):
-        dx, dz, dw, db = kernels.backward(
-            dy, x, y, residual, weight, bias, stats, training, activation, view_of(x, columns),
-            wanted,
-        )  # fmt: skip
-    return gradients_found(dx, dz, dw, db, gradients_wanted(y, residual, weight, *wanted), wanted)
+def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    *others, columns, wants_dx, dz_dtype, wants_dw, db_dtype = arguments
+    wanted = wants_dx, dz_dtype, wants_dw, db_dtype
+    found = launched(kernels.backward, dy, x, *others, view_of(x, columns), wanted)
+    y, residual, weight, *_ = others
+    return gradients_found(found, gradients_wanted(y, residual, weight, *wanted), dz_dtype)
 
 
 def gradients_found(
-    dx: Tensor | None,
-    dz: Tensor | None,
-    dw: Tensor | None,
-    db: Tensor | None,
+    found: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
     present: tuple[bool, bool, bool, bool],
-    wanted: tuple[Any, ...],
+    dz_dtype: torch.dtype | None,
 ) -> list[Tensor]:
     """Those of a launcher. Whether its dz has another dtype than is wanted depends on sizes."""
+    dx, dz, dw, db = found
     if dz is not None and present[1]:
-        dz = dz.to(wanted[1])
+        dz = dz.to(dz_dtype)
     return given((dx, dz, dw, db), present)
 
 

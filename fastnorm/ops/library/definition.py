@@ -1,10 +1,15 @@
 """Definitions in torch.ops.fastnorm: schema, implementation and fake at once."""
 
+import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+
+from fastnorm.ops.layout import on_device_of
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
 
 _library = torch.library.Library("fastnorm", "DEF")
 
@@ -28,14 +33,27 @@ def kernel(*schemas: str, fake: Callable[..., Any]) -> Callable[[Callable[..., A
     return define
 
 
-def composite(schema: str) -> Callable[[Callable[..., Any]], Any]:
-    """Decorate a function of differentiable operations: it is run again wherever it is recorded."""
+def composite(schema: str, function: _Function) -> _Function:
+    """`function`, of differentiable operations, as an operator: run again wherever it is recorded.
 
-    def define(function: Callable[..., Any]) -> Any:
-        _library.impl(_define(schema), function, "CompositeImplicitAutograd")
-        return function
+    It is called as the function is; its momentum is two arguments of the schema.
+    """
+    name = _define(schema)
+    operator = getattr(torch.ops.fastnorm, name)
+    names = [each.name for each in operator.default._schema.arguments]
+    if "momentum" not in names:
+        _library.impl(name, function, "CompositeImplicitAutograd")
+        return cast(_Function, operator)
+    at = names.index("momentum")
 
-    return define
+    def implementation(*arguments: Any) -> Any:
+        return function(*arguments[:at], moved_by(*arguments[at : at + 2]), *arguments[at + 2 :])
+
+    def call(*arguments: Any) -> Any:
+        return operator(*arguments[:at], *moving(arguments[at]), *arguments[at + 1 :])
+
+    _library.impl(name, implementation, "CompositeImplicitAutograd")
+    return cast(_Function, call)
 
 
 def _define(schema: str) -> str:
@@ -43,9 +61,34 @@ def _define(schema: str) -> str:
     return schema.partition("(")[0]
 
 
+def with_update(schema: str) -> tuple[str, str]:
+    """Schemas of a launcher that moves the buffers marked in `schema`, or only reads them."""
+    name, opening, rest = schema.partition("(")
+    return name + opening + re.sub(r"\(\w!\)", "", rest), f"{name}_with_update({rest}"
+
+
+def updating(name: str, moves: bool) -> Callable[..., Any]:
+    """The operator of `with_update` that moves its buffers, or that which reads them."""
+    operator: Callable[..., Any] = getattr(
+        torch.ops.fastnorm, f"{name}_with_update" if moves else name
+    )
+    return operator
+
+
+def launched(launcher: Callable[..., Any], first: Tensor, *others: Any) -> Any:
+    """What `launcher` returns, called for the device of its first argument."""
+    with on_device_of(first):
+        return launcher(first, *others)
+
+
 def moving(momentum: float | Tensor | None) -> tuple[Tensor | None, float | None]:
     """A momentum as two arguments of a schema: as a tensor, or as a number."""
     return (momentum, 0.0) if isinstance(momentum, Tensor) else (None, momentum)
+
+
+def moved_by(momentum: Tensor | None, share: Any) -> Any:
+    """The inverse: the one of the two that there is."""
+    return share if momentum is None else momentum
 
 
 def given(tensors: Iterable[Tensor | None], wanted: Iterable[bool]) -> list[Tensor]:

@@ -1,29 +1,21 @@
 """The launchers of fastnorm/kernels/layer_norm.py as operators."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastnorm.kernels import layer_norm as kernels
-from fastnorm.ops.layout import on_device_of
-from fastnorm.ops.library.definition import given, kernel, spread
+from fastnorm.kernels.products import compute_dtype
+from fastnorm.ops.library.definition import given, kernel, launched, spread
 
 
-def _forward_fake(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    center: bool,
-    shape: Sequence[int],
-    y_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
+def _forward_fake(x: Tensor, residual: Tensor | None, *arguments: Any) -> list[Tensor]:
+    *_, center, shape, y_dtype = arguments
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y_dtype = dtype if y_dtype is None else y_dtype
-    wide = torch.float64 if y_dtype is torch.float64 else torch.float32
+    wide = compute_dtype(y_dtype)
     sums = [] if residual is None else [torch.empty(shape, dtype=dtype, device=x.device)]
     stats = torch.empty(3 if center else 1, x.shape[0], dtype=wide, device=x.device)
     return [torch.empty(shape, dtype=y_dtype, device=x.device), *sums, stats]
@@ -34,19 +26,8 @@ def _forward_fake(
     "str activation, bool center, SymInt[] shape, ScalarType? y_dtype) -> Tensor[]",
     fake=_forward_fake,
 )
-def _forward(
-    x: Tensor,
-    residual: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    activation: str,
-    center: bool,
-    shape: Sequence[int],
-    y_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
-    with on_device_of(x):
-        found = kernels.forward(x, residual, weight, bias, eps, activation, center, shape, y_dtype)
+def _forward(x: Tensor, residual: Tensor | None, *arguments: Any) -> list[Tensor]:
+    found = launched(kernels.forward, x, residual, *arguments)
     return given(found, (True, residual is not None, True))
 
 
@@ -67,18 +48,8 @@ def forward(
     return spread(found, (True, residual is not None, True))
 
 
-def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    dsum: Tensor | None,
-    activation: str,
-    wants_dx: bool,
-    wants_dw: bool,
-    db_dtype: torch.dtype | None,
-) -> list[Tensor]:
+def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor | None, *arguments: Any) -> list[Tensor]:
+    *_, wants_dx, wants_dw, db_dtype = arguments
     found = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device),
         None if weight is None else torch.empty_like(weight),
@@ -93,21 +64,9 @@ def _backward_fake(
     "-> Tensor[]",
     fake=_backward_fake,
 )
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    stats: Tensor,
-    dsum: Tensor | None,
-    activation: str,
-    wants_dx: bool,
-    wants_dw: bool,
-    db_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    wanted = (wants_dx, wants_dw, db_dtype)
-    with on_device_of(x):
-        found = kernels.backward(dy, x, weight, bias, stats, dsum, activation, wanted)
+def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    *others, wants_dx, wants_dw, db_dtype = arguments
+    found = launched(kernels.backward, dy, x, *others, (wants_dx, wants_dw, db_dtype))
     return given(found, (wants_dx, wants_dw, db_dtype is not None))
 
 

@@ -10,13 +10,22 @@ from fastnorm.kernels import linear_batch_norm as kernels
 from fastnorm.kernels.launch import ChannelView, cdiv
 from fastnorm.kernels.linear_batch_norm import Folded
 from fastnorm.kernels.products import FOLD_ROWS, compute_dtype, empty_rows
-from fastnorm.ops.layout import on_device_of, view_of
-from fastnorm.ops.library.definition import given, kernel, moving, spread
+from fastnorm.ops.layout import view_of
+from fastnorm.ops.library.definition import (
+    given,
+    kernel,
+    launched,
+    moved_by,
+    moving,
+    spread,
+    updating,
+    with_update,
+)
 
 FORWARD = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor? norm_weight, Tensor? norm_bias, "
-    "Tensor{}? running_mean, Tensor{}? running_var, bool training, Tensor? momentum, float share, "
-    "float eps, str activation, bool columns) -> {}"
+    "Tensor(a!)? running_mean, Tensor(b!)? running_var, bool training, Tensor? momentum, "
+    "float share, float eps, str activation, bool columns) -> "
 )
 _GRAM = (
     "(Tensor y, Tensor x_mean, Tensor ws, Tensor stats, Tensor sizes, Tensor flags, Tensor shift)"
@@ -43,31 +52,15 @@ def _gram_forward_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tens
 
 
 @kernel(
-    "linear_batch_norm_gram_forward" + FORWARD.format("", "", _GRAM),
-    "linear_batch_norm_gram_forward_with_update" + FORWARD.format("(a!)", "(b!)", _GRAM),
+    *with_update("linear_batch_norm_gram_forward" + FORWARD + _GRAM),
     fake=_gram_forward_fake,
 )
-def _gram_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: Tensor | None,
-    share: float,
-    eps: float,
-    activation: str,
-    columns: bool,
-) -> tuple[Tensor, ...]:
-    with on_device_of(x):
-        y, folded = kernels.gram_forward(
-            x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
-            training, share if momentum is None else momentum, eps, activation,
-            view_of(x, columns),
-        )  # fmt: skip
+def _gram_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+    *others, momentum, share, eps, activation, columns = arguments
+    y, folded = launched(
+        kernels.gram_forward, x, *others, moved_by(momentum, share), eps, activation,
+        view_of(x, columns),
+    )  # fmt: skip
     wide, whole, single = torch.float64, torch.int32, compute_dtype(x.dtype)
     absent = (  # an operator returns no None
         torch.empty(0, dtype=dtype, device=x.device)
@@ -90,14 +83,8 @@ def gram_forward(
     activation: str,
     view: ChannelView,
 ) -> tuple[Tensor, Folded]:
-    operators = torch.ops.fastnorm
     moves = training and running_mean is not None
-    operator = (
-        operators.linear_batch_norm_gram_forward_with_update
-        if moves
-        else operators.linear_batch_norm_gram_forward
-    )
-    y, *found = operator(
+    y, *found = updating("linear_batch_norm_gram_forward", moves)(
         x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
         training, *moving(momentum), eps, activation, view.columns,
     )  # fmt: skip
@@ -117,24 +104,15 @@ def _gram_wanted(
     )  # fmt: skip
 
 
-def _gram_backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    bias_dtype: torch.dtype | None,
-    x_mean: Tensor | None,
-    *arguments: Any,
-) -> list[Tensor]:
+def _gram_backward_fake(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    _, weight, norm_weight, norm_bias, bias_dtype, x_mean, *_, wanted = arguments
     found = (
         torch.empty_like(x),
         torch.empty_like(weight),
         torch.empty(weight.shape[0], dtype=bias_dtype, device=x.device),
         *(None if t is None else torch.empty_like(t) for t in (norm_weight, norm_bias)),
     )
-    return given(found, _gram_wanted(x_mean is not None, norm_weight, norm_bias, arguments[-1]))
+    return given(found, _gram_wanted(x_mean is not None, norm_weight, norm_bias, wanted))
 
 
 @kernel(
@@ -144,23 +122,13 @@ def _gram_backward_fake(
     "bool[] wanted) -> Tensor[]",
     fake=_gram_backward_fake,
 )
-def _gram_backward(
-    dy: Tensor,
-    x: Tensor,
-    y: Tensor | None,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    bias_dtype: torch.dtype | None,
-    *arguments: Any,
-) -> list[Tensor]:
-    *found, activation, columns, wanted = arguments
+def _gram_backward(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    y, weight, norm_weight, norm_bias, bias_dtype, *found, activation, columns, wanted = arguments
     folded = Folded(*found)
-    with on_device_of(x):
-        gradients = kernels.gram_backward(
-            dy, x, y, weight, norm_weight, norm_bias, bias_dtype, folded, activation,
-            view_of(x, columns), tuple(wanted),
-        )  # fmt: skip
+    gradients = launched(
+        kernels.gram_backward, dy, x, y, weight, norm_weight, norm_bias, bias_dtype, folded,
+        activation, view_of(x, columns), tuple(wanted),
+    )  # fmt: skip
     training = folded.x_mean is not None
     return given(gradients, _gram_wanted(training, norm_weight, norm_bias, wanted))
 

@@ -9,11 +9,18 @@ from torch import Tensor
 from fastnorm.kernels import linear_batch_norm_epilogue as kernels
 from fastnorm.kernels.launch import ChannelView
 from fastnorm.kernels.products import compute_dtype, empty_rows
-from fastnorm.ops.layout import on_device_of, view_of
-from fastnorm.ops.library.definition import given, kernel, moving, spread
+from fastnorm.ops.layout import view_of
+from fastnorm.ops.library.definition import (
+    given,
+    kernel,
+    launched,
+    moved_by,
+    moving,
+    spread,
+    updating,
+    with_update,
+)
 from fastnorm.ops.library.linear_batch_norm import FORWARD
-
-_RETURNS = "(Tensor y, Tensor z, Tensor stats)"
 
 
 def _forward_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -23,31 +30,16 @@ def _forward_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tensor, T
 
 
 @kernel(
-    "linear_batch_norm_epilogue_forward" + FORWARD.format("", "", _RETURNS),
-    "linear_batch_norm_epilogue_forward_with_update" + FORWARD.format("(a!)", "(b!)", _RETURNS),
+    *with_update(
+        "linear_batch_norm_epilogue_forward" + FORWARD + "(Tensor y, Tensor z, Tensor stats)"
+    ),
     fake=_forward_fake,
 )
-def _forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    training: bool,
-    momentum: Tensor | None,
-    share: float,
-    eps: float,
-    activation: str,
-    columns: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with on_device_of(x):
-        return kernels.forward(
-            x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
-            training, share if momentum is None else momentum, eps, activation,
-            view_of(x, columns),
-        )  # fmt: skip
+def _forward(x: Tensor, *arguments: Any) -> Any:
+    *others, momentum, share, eps, activation, columns = arguments
+    return launched(
+        kernels.forward, x, *others, moved_by(momentum, share), eps, activation, view_of(x, columns)
+    )
 
 
 def forward(
@@ -64,14 +56,8 @@ def forward(
     activation: str,
     view: ChannelView,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    operators = torch.ops.fastnorm
     moves = training and running_mean is not None
-    operator = (
-        operators.linear_batch_norm_epilogue_forward_with_update
-        if moves
-        else operators.linear_batch_norm_epilogue_forward
-    )
-    y, z, stats = operator(
+    y, z, stats = updating("linear_batch_norm_epilogue_forward", moves)(
         x, weight, bias, norm_weight, norm_bias, running_mean, running_var,
         training, *moving(momentum), eps, activation, view.columns,
     )  # fmt: skip
@@ -91,18 +77,9 @@ def _wanted(
 
 
 def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    stats: Tensor,
-    training: bool,
-    activation: str,
-    wanted: Sequence[bool],
-    dbeta_dtype: torch.dtype | None,
+    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, norm_weight: Tensor | None, *arguments: Any
 ) -> list[Tensor]:
+    *_, training, _, wanted, dbeta_dtype = arguments
     N = weight.shape[0]
     found = (
         torch.empty(x.shape, dtype=z.dtype, device=x.device),
@@ -120,26 +97,13 @@ def _backward_fake(
     "bool[] wanted, ScalarType? dbeta_dtype) -> Tensor[]",
     fake=_backward_fake,
 )
-def _backward(
-    dy: Tensor,
-    x: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    stats: Tensor,
-    training: bool,
-    activation: str,
-    wanted: Sequence[bool],
-    dbeta_dtype: torch.dtype | None,
-) -> list[Tensor]:
-    wants_dx, wants_dw, wants_db, wants_dgamma = wanted
-    with on_device_of(x):
-        gradients = kernels.backward(
-            dy, x, z, weight, norm_weight, norm_bias, stats, training, activation,
-            (wants_dx, wants_dw, wants_db, wants_dgamma, dbeta_dtype),
-        )  # fmt: skip
-    return given(gradients, _wanted(norm_weight, training, wanted, dbeta_dtype))
+def _backward(dy: Tensor, x: Tensor, *arguments: Any) -> list[Tensor]:
+    *others, training, activation, flags, dbeta_dtype = arguments
+    gradients = launched(
+        kernels.backward, dy, x, *others, training, activation, (*flags, dbeta_dtype)
+    )
+    _, _, norm_weight, *_ = others
+    return given(gradients, _wanted(norm_weight, training, flags, dbeta_dtype))
 
 
 def backward(
