@@ -76,7 +76,8 @@ def backend_for(tensor: Tensor) -> str:
 
     `auto` is Triton for CUDA and HIP tensors of float16, bfloat16, float32 or float64 where Triton
     imports, else eager. Empty tensors, tensors that wrap others (DTensor), and tensors inside
-    `torch.func` transforms or forward-mode differentiation are always served by eager.
+    `torch.func` transforms, forward-mode differentiation or `torch.jit.trace` are always served by
+    eager.
 
     Raises:
         RuntimeError: Triton was asked for by name and cannot run on the tensor's device.
@@ -92,6 +93,8 @@ def backend_for(tensor: Tensor) -> str:
         return "eager"
     # kernels see raw memory: a DTensor has none itself, and what vmap has is not the caller's
     if native.transformed() or hasattr(tensor, "__tensor_flatten__"):
+        return "eager"
+    if torch._C._get_tracing_state() is not None:  # TorchScript has no kernels
         return "eager"
     if name == "auto":
         return "triton" if environment.has_triton else "eager"

@@ -220,8 +220,24 @@ def instance_statistics(
     _channel_vectors(input, shape, running_mean, running_var, weight, bias)
 
 
-def _channel_vectors(input: Tensor, shape: Sequence[int], *small: Tensor | None) -> None:
+def _channel_vectors(
+    input: Tensor,
+    shape: Sequence[int],
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+) -> None:
     """running_mean, running_var, weight and bias of a tensor of `shape`, where they are there."""
+    if (
+        (running_mean is not None and running_mean.requires_grad)
+        or (running_var is not None and running_var.requires_grad)
+    ) and torch.is_grad_enabled():
+        raise RuntimeError(
+            "running_mean and running_var must not require a gradient: the output is not "
+            "differentiable with respect to them"
+        )
+    small = (running_mean, running_var, weight, bias)
     channels = shape[1] if len(shape) > 1 else 0
     device = input.device
     for tensor in small:
@@ -318,6 +334,7 @@ def _per_channel(shape: Sequence[int]) -> int:
 
 
 def _refuse(name: str, tensor: Tensor, input: Tensor) -> None:
+    _require_tensors(**{"input": input, name: tensor})  # an array has a device, too
     if tensor.device != input.device:
         raise RuntimeError(
             "Expected all tensors to be on the same device, but found at least two devices, "
@@ -328,4 +345,5 @@ def _refuse(name: str, tensor: Tensor, input: Tensor) -> None:
 
 def _scalar_type(tensor: Tensor) -> str:
     """torch's own name of a dtype, such as Long or ComplexFloat."""
+    _require_tensors(input=tensor)  # an array has a dtype, too
     return torch.empty(0, dtype=tensor.dtype).type().split(".")[-1].removesuffix("Tensor")

@@ -294,6 +294,20 @@ def test_transforms_are_served_by_eager():
         assert backend_for(x) == "triton"
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace(_method)?` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of sizes that are checked
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "GroupNorm", "LayerNorm", "LinearBatchNorm"])
+def test_traces_of_torchscript_are_served_by_eager(kind):
+    """A trace knows torch's operators only, and outlives the choice."""
+    arguments = {"GroupNorm": (2, 4), "LinearBatchNorm": (4, 3)}.get(kind, (4,))
+    module = getattr(fastnorm, kind)(*arguments).to(DEVICE).eval()
+    x = torch.randn(5, 4, device=DEVICE)
+    with use_backend("triton"):
+        traced = torch.jit.trace(module, x)
+        for again in (2 * x, x[:3]):
+            torch.testing.assert_close(traced(again), module(again))
+
+
 # ---- the backward follows the forward ------------------------------------------------------------
 def launches_of(call: Callable[[], Any]) -> list[str]:
     """The kernels that a call launches in the interpreter."""

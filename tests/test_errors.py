@@ -7,6 +7,7 @@ no such argument, `kind` says what ours raises.
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -103,6 +104,13 @@ BATCH_NORM = {
         {"running_mean": torch.zeros(3).long(), "running_var": torch.ones(3).long()},
         RuntimeError,
         (),
+    ),
+    "an array": Bad({"input": np.ones((4, 3, 5), np.float32)}, TypeError, ("ndarray",)),
+    "running_mean that requires a gradient": Bad(
+        {"running_mean": torch.zeros(3, requires_grad=True)}, RuntimeError, ("running_mean",)
+    ),
+    "running_var that requires a gradient, in evaluation": Bad(
+        {"running_var": torch.ones(3, requires_grad=True), **EVAL}, RuntimeError, ("running_var",)
     ),
     "input elsewhere": Bad({"input": torch.ones(4, 3, 5, device=META)}, RuntimeError, ("meta",)),
     "weight elsewhere": Bad({"weight": torch.ones(3, device=META)}, RuntimeError, ("meta", "cpu")),

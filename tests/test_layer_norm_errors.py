@@ -6,6 +6,7 @@ As in test_errors.py. The residual-add forms are held to torch's norm of the sum
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,6 +97,7 @@ INPUTS = {
     ),
     "elsewhere": Bad({"input": torch.ones(4, 3, 5, device=META)}, RuntimeError, ("meta",)),
     "a list": Bad({"input": [[1.0, 2.0, 3.0]] * 2}, TypeError, ("input", "list")),
+    "an array": Bad({"input": np.ones((4, 3, 5), np.float32)}, TypeError, ("input", "ndarray")),
     "None": Bad({"input": None}, TypeError, ("input", "None")),
 }  # fmt: skip
 EPS = {

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, TypeAlias
 
 import pytest
@@ -201,6 +202,18 @@ def _second(f: Function, a: tuple[Tensor, ...]) -> Any:
     return torch.autograd.grad(loss, leaves)
 
 
+def _second_of_dependent(f: Function, a: tuple[Tensor, ...]) -> Any:
+    """Each argument is computed from the one before it; then from the one after it."""
+
+    def chained(*b: Tensor) -> Tensor:
+        return f(*(t + 0.5 * b[i - 1].mean() if i else t for i, t in enumerate(b)))
+
+    def reverse(*b: Tensor) -> Tensor:
+        return f(*(t + 0.5 * u.mean() for t, u in pairwise(b)), b[-1])
+
+    return [*_second(chained, a), *_second(reverse, a), *_many_gradients(chained, a)]
+
+
 TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "grad": lambda f, a: torch.func.grad(_scalar(f), _everything(a))(*a),
     "vjp": lambda f, a: torch.func.vjp(f, *a)[1](f(*a).detach().cos()),
@@ -224,6 +237,7 @@ TRANSFORMS: dict[str, Callable[[Function, tuple[Tensor, ...]], Any]] = {
     "dual numbers through the backward": _dual_through_backward,
     "many gradients": _many_gradients,
     "second gradients": _second,
+    "second gradients of dependent arguments": _second_of_dependent,
 }
 
 
@@ -306,6 +320,35 @@ def test_backwards_of_large_tensors(name):
         assert not batch[1].any()
         assert not exact.requires_grad
         assert not tangent.requires_grad
+
+
+class _Constant(torch.autograd.Function):
+    """Its output does not depend on its input, as far as autograd is told."""
+
+    @staticmethod
+    def forward(ctx: Any, t: Tensor) -> Tensor:
+        return t.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        return None
+
+
+@pytest.mark.parametrize("name", [*OPERATIONS, *(f"{name}, large" for name in LARGE)])
+def test_gradients_where_nothing_depends_on_the_output(backend, name):
+    """None, as torch's, not zeros: an optimizer passes over a parameter without a gradient."""
+    if name in OPERATIONS:
+        (function, _), shapes = OPERATIONS[name]
+        memory_format = None
+    else:
+        function, *shapes, memory_format = LARGE[name.removesuffix(", large")]
+        if fastnorm.backend_for(torch.ones(1, device=backend)) == "triton":
+            pytest.skip("large for a CPU's operators, and for the interpreter")
+    x, *parameters = _leaves(tuple(torch.randn(shape, device=backend) for shape in shapes))
+    y = function(x if memory_format is None else x.to(memory_format=memory_format), *parameters)
+    leaves = (x, *parameters)
+    found = torch.autograd.grad(_Constant.apply(y).sum(), leaves, allow_unused=True)
+    assert found == (None,) * len(leaves)
 
 
 # ---- modules -------------------------------------------------------------------------------------

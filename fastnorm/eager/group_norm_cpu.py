@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastnorm.eager import formulas, native
 from fastnorm.eager.batch_norm_cpu import SHORT_PLANE
-from fastnorm.eager.channels import differentiable_gradients, through_activation
+from fastnorm.eager.channels import gradients, through_activation
 from fastnorm.eager.native import aten
 
 SMALL = 1 << 16
@@ -100,16 +100,13 @@ class GroupNormFunction(torch.autograd.Function):
         activated = None if activation == "identity" else output
         ctx.save_for_backward(input, weight, activated, mean, rstd)
         ctx.activation, ctx.num_groups, ctx.eps = activation, num_groups, eps
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        if native.is_differentiated(dy):
-            gradients = differentiable_gradients(ctx, dy, normalize_again)
-        else:
-            gradients = _gradients(ctx, dy)
-        return *gradients, None, None, None  # activation, num_groups, eps
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = gradients(ctx, grads[0], _gradients, normalize_again)
+        return *found, None, None, None  # activation, num_groups, eps
 
 
 def normalize_again(ctx: Any, input: Tensor, weight: Tensor | None, *_: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.batch_norm import batch_norm
 from fastnorm.eager.batch_norm_cpu import apply_moments
-from fastnorm.eager.channels import differentiable_gradients, through_activation
+from fastnorm.eager.channels import gradients, through_activation
 from fastnorm.eager.group_norm import channels_are_last, group_norm, prepared
 from fastnorm.eager.group_norm_cpu import normalize_again
 from fastnorm.eager.native import STEPS, aten
@@ -199,16 +199,13 @@ class InstanceNormFunction(torch.autograd.Function):
         activated = None if activation == "identity" else output
         ctx.save_for_backward(input, weight, activated, mean, rstd)
         ctx.activation, ctx.num_groups, ctx.eps = activation, input.shape[1], eps
+        ctx.set_materialize_grads(False)
         return output
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        if native.is_differentiated(dy):
-            gradients = differentiable_gradients(ctx, dy, normalize_again)
-        else:
-            gradients = _gradients(ctx, dy)
-        return *gradients, None, None, None  # activation, eps, statistics
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        found = gradients(ctx, grads[0], _gradients, normalize_again)
+        return *found, None, None, None  # activation, eps, statistics
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

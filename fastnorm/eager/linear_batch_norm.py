@@ -100,12 +100,16 @@ class _ZeroGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, z: Tensor, bias: Tensor) -> Tensor:
         ctx.bias_like = bias.shape, bias.dtype, bias.device
+        ctx.set_materialize_grads(False)
         return z.view_as(z)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        (dz,) = grads
+        if dz is None:  # nothing depends on the output
+            return None, None
         shape, dtype, device = ctx.bias_like
-        return grads[0], torch.zeros(shape, dtype=dtype, device=device)
+        return dz, torch.zeros(shape, dtype=dtype, device=device)
 
 
 def _rows(input: Tensor) -> Tensor | None:
@@ -209,11 +213,14 @@ class GramFunction(torch.autograd.Function):
         )  # fmt: skip
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
         ctx.training, ctx.eps, ctx.activation, ctx.group = training, eps, activation, group
+        ctx.set_materialize_grads(group is not None)  # where others may wait for this one's sums
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = grads
+        if dy is None:  # nothing depends on the output
+            return (None,) * 12
         buffers_and_options = (None,) * 7
         if native.is_differentiated(dy) and ctx.group is not None:
             x, _, weight, _, norm_weight, norm_bias, *found = ctx.saved_tensors
@@ -377,12 +384,9 @@ def differentiable_gradients(
     Product and norm are computed once more, and that is differentiated. `fixed` are the mean and
     variance of evaluation, which have eps in them; in training the bias is None.
     """
-    x, weight, bias, norm_weight, norm_bias = leaves
-    assert x is not None
-    assert weight is not None
     mean, var = (None, None) if fixed is None else fixed
     gradients = native.gradients_again(
-        lambda: batch_norm(
+        lambda x, weight, bias, norm_weight, norm_bias: batch_norm(
             product(x, weight, bias, training=False), mean, var, norm_weight, norm_bias,
             fixed is None, 0.0, eps if fixed is None else 0.0, None, activation, None,
         ),

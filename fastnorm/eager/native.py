@@ -197,21 +197,24 @@ def is_differentiated(dy: Tensor) -> bool:
 
 
 def gradients_again(
-    forward: Callable[[], Tensor],
+    forward: Callable[..., Tensor],
     leaves: Sequence[Tensor | None],
     wanted: Sequence[bool],
     dz: Tensor,
 ) -> list[Tensor | None]:
-    """Those of `forward`, which computes z once more by differentiable operators.
+    """Those of `forward(*leaves)`, which computes z once more by differentiable operators.
 
-    One for each leaf: None where not wanted, or where z does not depend on it.
+    One for each leaf: None where not wanted, or where z does not depend on it. A leaf may have been
+    computed from another one, or be it twice: what flows there is for autograd to find, so each
+    comes to `forward` as a view, and z is differentiated as far as the views.
     """
     gradients: list[Tensor | None] = [None] * len(leaves)
-    sources = [(i, t) for i, t in enumerate(leaves) if t is not None and wanted[i]]
-    if sources:
+    if any(wanted[i] for i, t in enumerate(leaves) if t is not None):
         create_graph = torch.is_grad_enabled()
         with torch.enable_grad():
-            z = forward()
+            views = [None if t is None else t.view_as(t) for t in leaves]
+            z = forward(*views)
+        sources = [(i, t) for i, t in enumerate(views) if t is not None and wanted[i]]
         found = torch.autograd.grad(
             z, [t for _, t in sources], dz.to(z.dtype), create_graph=create_graph, allow_unused=True
         )

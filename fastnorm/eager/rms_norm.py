@@ -125,17 +125,20 @@ class RMSNormFunction(torch.autograd.Function):
         y, rstd = _normalize(input, weight, shape, eps)
         ctx.save_for_backward(input, weight, rstd)
         ctx.shape, ctx.eps = shape, eps
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         (dy,) = grads
+        if dy is None:  # nothing depends on the output
+            return (None,) * 4
         input, weight, rstd = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:2]
         if native.is_differentiated(dy):
             axes = tuple(range(-len(ctx.shape), 0))
             dx, dw = native.gradients_again(
-                lambda: _short(input.to(rstd.dtype), axes, weight, ctx.eps),
+                lambda x, weight: _short(x.to(rstd.dtype), axes, weight, ctx.eps),
                 (input, weight), wanted, dy,
             )  # fmt: skip
         else:

@@ -49,18 +49,15 @@ class GroupNormFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # nothing depends on the output
+            return (None,) * 12
         saved = x, weight, bias, stats, y, residual = ctx.saved_tensors
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
         if native.is_differentiated(dy):
-
-            def again(activation: str) -> Tensor:
-                return eager.group_norm(
-                    x, ctx.num_groups, weight, bias, ctx.eps, residual, activation
-                )
-
-            return *differentiable_gradients(ctx, dy, saved, again), *buffers_and_options
+            found = differentiable_gradients(ctx, dy, saved, _normalize_again)
+            return *found, *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         dz = dx = dw = db = None
         gated = y is not None or residual is not None
@@ -72,6 +69,19 @@ class GroupNormFunction(torch.autograd.Function):
                     (dx_wanted, dz_dtype, dw_wanted, ctx.bias_dtype if db_wanted else None),
                 )  # fmt: skip
         return dx, residual_gradient(ctx, dy, dz), dw, db, *buffers_and_options
+
+
+def _normalize_again(
+    ctx: Any,
+    _: Tensor,
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """For `differentiable_gradients`."""
+    return eager.group_norm(x, ctx.num_groups, weight, bias, ctx.eps, residual, activation)
 
 
 def _normalized(

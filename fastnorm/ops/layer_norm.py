@@ -91,7 +91,7 @@ def _differentiable_backward(
     center = stats.shape[0] == 3
     x_wanted, residual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
 
-    def normalize() -> Tensor:
+    def normalize(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         scale, shift = (None if t is None else t.view(ctx.shape) for t in (weight, bias))
         if center:
             return eager.layer_norm(x, ctx.shape, scale, shift, ctx.eps, ctx.activation)

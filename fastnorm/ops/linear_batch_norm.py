@@ -66,10 +66,13 @@ class GramFunction(torch.autograd.Function):
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
         ctx.training, ctx.eps, ctx.activation, ctx.view = training, eps, activation, view
         ctx.group = group
+        ctx.set_materialize_grads(group is not None)  # where others may wait for this one's sums
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # nothing depends on the output
+            return (None,) * 13
         x, y, weight, bias, norm_weight, norm_bias, *found = ctx.saved_tensors
         folded = kernels.Folded(*found)
         wanted = ctx.needs_input_grad[:5]
@@ -132,10 +135,13 @@ class EpilogueFunction(torch.autograd.Function):
         )
         ctx.bias_like = None if bias is None else (bias.shape, bias.dtype, bias.device)
         ctx.training, ctx.eps, ctx.activation = training, eps, activation
+        ctx.set_materialize_grads(False)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None) -> tuple[Tensor | None, ...]:
+        if dy is None:  # nothing depends on the output
+            return (None,) * 12
         x, z, weight, bias, norm_weight, norm_bias, stats = ctx.saved_tensors
         wanted = ctx.needs_input_grad[:5]
         buffers_and_options = (None,) * 7
