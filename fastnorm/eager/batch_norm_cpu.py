@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fastnorm.eager import formulas, native
-from fastnorm.eager.channels import differentiable_gradients, through_activation
+from fastnorm.eager.channels import gradients, through_activation
 from fastnorm.eager.native import aten
 
 SMALL = 1 << 17
@@ -115,14 +115,8 @@ class BatchNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        if dy is None:  # nothing depends on the output
-            return (None,) * 6
-        if native.is_differentiated(dy):
-            gradients = differentiable_gradients(ctx, dy, _normalize_again)
-        else:
-            gradients = _gradients(ctx, dy)
-        return *gradients, None, None  # activation, statistics
+        found = gradients(ctx, grads[0], _gradients, _normalize_again)
+        return *found, None, None  # activation, statistics
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

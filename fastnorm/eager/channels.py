@@ -25,13 +25,21 @@ def through_activation(
     return dz
 
 
-def differentiable_gradients(
-    ctx: Any, dy: Tensor, normalize: Callable[..., Tensor]
+def gradients(
+    ctx: Any,
+    dy: Tensor | None,
+    direct: Callable[[Any, Tensor], tuple[Tensor | None, ...]],
+    normalize: Callable[..., Tensor],
 ) -> tuple[Tensor | None, ...]:
-    """dx, dγ, dβ and dr by differentiable operators: normalize again, and differentiate that.
+    """dx, dγ, dβ and dr: by `direct(ctx, dy)`, or by differentiable operators where need be.
 
-    `normalize(ctx, input, weight, mean, rstd)` is all but the shift and what comes after it.
+    Those differentiate `normalize(ctx, input, weight, mean, rstd)`: all but the shift and what comes
+    after it.
     """
+    if dy is None:  # nothing depends on the output
+        return (None,) * 4
+    if not native.is_differentiated(dy):
+        return direct(ctx, dy)
     input, weight, activated, mean, rstd = ctx.saved_tensors
     for_input, for_weight, for_bias, for_residual = ctx.needs_input_grad[:4]
     g = dy
@@ -39,7 +47,7 @@ def differentiable_gradients(
         _, act_backward, arguments = STEPS[ctx.activation]
         g = act_backward.default(dy, activated.detach(), *arguments)
     dx, dw = native.gradients_again(
-        lambda input, weight: normalize(ctx, input, weight, mean, rstd),
+        lambda x, w: normalize(ctx, x, w, mean, rstd),
         (input, weight), (for_input, for_weight), g,
     )  # fmt: skip
     db = g.sum([0, *range(2, g.dim())], dtype=rstd.dtype) if for_bias else None

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from fastnorm.eager import formulas, native
 from fastnorm.eager.batch_norm_cpu import SHORT_PLANE
-from fastnorm.eager.channels import differentiable_gradients, through_activation
+from fastnorm.eager.channels import gradients, through_activation
 from fastnorm.eager.native import aten
 
 SMALL = 1 << 16
@@ -105,14 +105,8 @@ class GroupNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        if dy is None:  # nothing depends on the output
-            return (None,) * 7
-        if native.is_differentiated(dy):
-            gradients = differentiable_gradients(ctx, dy, normalize_again)
-        else:
-            gradients = _gradients(ctx, dy)
-        return *gradients, None, None, None  # activation, num_groups, eps
+        found = gradients(ctx, grads[0], _gradients, normalize_again)
+        return *found, None, None, None  # activation, num_groups, eps
 
 
 def normalize_again(ctx: Any, input: Tensor, weight: Tensor | None, *_: Tensor) -> Tensor:

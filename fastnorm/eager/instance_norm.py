@@ -25,7 +25,7 @@ from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.batch_norm import batch_norm
 from fastnorm.eager.batch_norm_cpu import apply_moments
-from fastnorm.eager.channels import differentiable_gradients, through_activation
+from fastnorm.eager.channels import gradients, through_activation
 from fastnorm.eager.group_norm import channels_are_last, group_norm, prepared
 from fastnorm.eager.group_norm_cpu import normalize_again
 from fastnorm.eager.native import STEPS, aten
@@ -204,14 +204,8 @@ class InstanceNormFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        (dy,) = grads
-        if dy is None:  # nothing depends on the output
-            return (None,) * 7
-        if native.is_differentiated(dy):
-            gradients = differentiable_gradients(ctx, dy, normalize_again)
-        else:
-            gradients = _gradients(ctx, dy)
-        return *gradients, None, None, None  # activation, eps, statistics
+        found = gradients(ctx, grads[0], _gradients, normalize_again)
+        return *found, None, None, None  # activation, eps, statistics
 
 
 def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:

@@ -1,6 +1,5 @@
 """BatchNorm as a differentiable operation: views, saved tensors, casts. No arithmetic."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -56,8 +55,8 @@ class BatchNormFunction(torch.autograd.Function):
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
         if native.is_differentiated(dy):
-            again = partial(_again, ctx, stats)
-            return *differentiable_gradients(ctx, dy, saved, again), *buffers_and_options
+            found = differentiable_gradients(ctx, dy, saved, _normalize_again)
+            return *found, *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         with on_device_of(x):
             dx, dz, dw, db = (library if recorded(x) else kernels).backward(
@@ -68,16 +67,16 @@ class BatchNormFunction(torch.autograd.Function):
         return dx, residual_gradient(ctx, dy, dz), dw, db, *buffers_and_options
 
 
-def _again(
+def _normalize_again(
     ctx: Any,
     stats: Tensor,
-    activation: str,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    activation: str,
 ) -> Tensor:
-    """The output in torch operators, from the same statistics."""
+    """For `differentiable_gradients`."""
     mean, var = (None, None) if ctx.training else (stats[0] + stats[1], stats[2] ** -2)
     eps = ctx.eps if ctx.training else 0.0  # rstd⁻² is the variance with eps in it
     return eager.batch_norm(

@@ -1,7 +1,6 @@
 """What the autograd functions of norms by channels share: what is saved, and gradients from it."""
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -57,18 +56,19 @@ def residual_gradient(ctx: Any, dy: Tensor, dz: Tensor | None) -> Tensor | None:
 
 
 def differentiable_gradients(
-    ctx: Any, dy: Tensor, saved: Saved, forward: Callable[..., Tensor]
+    ctx: Any, dy: Tensor, saved: Saved, normalize: Callable[..., Tensor]
 ) -> tuple[Tensor | None, ...]:
     """dx, dresidual, dweight and dbias in torch operators, for second derivatives.
 
-    `forward(activation, x, residual, weight, bias)` computes the output once more.
+    `normalize(ctx, stats, x, residual, weight, bias, activation)` computes the output once more.
     """
     x, weight, bias, stats, y, residual = saved
     dz = dy if y is None else GRAD_FROM_OUTPUT[ctx.activation](dy, y)
     activation = "identity" if y is not None else ctx.activation
     gradients = native.gradients_again(
-        partial(forward, activation), (x, residual, weight, bias), ctx.needs_input_grad[:4], dz
-    )
+        lambda *leaves: normalize(ctx, stats, *leaves, activation),
+        (x, residual, weight, bias), ctx.needs_input_grad[:4], dz,
+    )  # fmt: skip
     if residual is None:  # it was not saved, or there is none
         gradients[1] = residual_gradient(ctx, dy, dz)
     if ctx.needs_input_grad[3] and bias is None:

@@ -1,6 +1,5 @@
 """GroupNorm and InstanceNorm as differentiable operations: views, saved tensors, casts."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -57,8 +56,8 @@ class GroupNormFunction(torch.autograd.Function):
         dx_wanted, dresidual_wanted, dw_wanted, db_wanted = ctx.needs_input_grad[:4]
         buffers_and_options = (None,) * 8
         if native.is_differentiated(dy):
-            again = partial(_again, ctx)
-            return *differentiable_gradients(ctx, dy, saved, again), *buffers_and_options
+            found = differentiable_gradients(ctx, dy, saved, _normalize_again)
+            return *found, *buffers_and_options
         dz_dtype = ctx.residual_dtype if dresidual_wanted else None
         dz = dx = dw = db = None
         gated = y is not None or residual is not None
@@ -72,15 +71,16 @@ class GroupNormFunction(torch.autograd.Function):
         return dx, residual_gradient(ctx, dy, dz), dw, db, *buffers_and_options
 
 
-def _again(
+def _normalize_again(
     ctx: Any,
-    activation: str,
+    _: Tensor,
     x: Tensor,
     residual: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    activation: str,
 ) -> Tensor:
-    """The output in torch operators."""
+    """For `differentiable_gradients`."""
     return eager.group_norm(x, ctx.num_groups, weight, bias, ctx.eps, residual, activation)
 
 
