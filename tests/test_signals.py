@@ -104,7 +104,7 @@ def test_moments_far_from_zero_are_exact():
     parts = [1e8 + torch.randn(50, 2, dtype=torch.float64) for _ in range(3)]
     found = Moments()
     for part in parts:
-        found.add(part)
+        found.add(part, (), torch.empty_like(part))
     numbers = found.numbers([float(value) for value in found.parts])
     want = torch.cat(parts)
     assert numbers["mean"] == pytest.approx(want.mean().item(), rel=1e-14)

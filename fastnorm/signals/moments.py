@@ -79,14 +79,14 @@ class Moments:
         self.parts: list[Number] = []  # mean, Σ(x − mean)², not zero, saturated
         self.failed = First()
 
-    def add(self, sample: Tensor, bounds: tuple[float, ...] = ()) -> None:
-        """One call's sample."""
+    def add(self, sample: Tensor, bounds: tuple[float, ...], scratch: Tensor) -> None:
+        """One call's sample; `scratch` is room for another."""
         count = sample.numel()
         self.calls += 1
         if count == 0:
             return
         average = sample.mean()
-        spread = torch.linalg.vector_norm(sample - average)
+        spread = torch.linalg.vector_norm(torch.sub(sample, average, out=scratch))
         found = [number(t) for t in (average, spread, torch.count_nonzero(sample))]
         found.append(number(_saturated(sample, bounds)) if bounds else found[2])
         mean, deviation, nonzero, saturated = found

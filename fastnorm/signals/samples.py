@@ -73,6 +73,7 @@ class Samples:
         """Samples that were taken in an earlier turn have been overwritten."""
         self._buffers: dict[torch.device, Tensor] = {}
         self._used: dict[torch.device, int] = {}
+        self._scratch: dict[torch.device, Tensor] = {}
         self._work: list[Callable[[], None]] = []
 
     def take(self, tensor: Tensor, axis: int) -> Tensor:
@@ -83,14 +84,17 @@ class Samples:
             self.finish()
         if size > SPACE:
             return picked.to(_wide(device)).reshape(values, picked.shape[-1])
-        if device not in self._buffers:
-            with torch.inference_mode(False):  # or it could not be written to outside of it
-                self._buffers[device] = torch.empty(SPACE, dtype=_wide(device), device=device)
         start = self._used.get(device, 0)
         self._used[device] = start + size
-        place = self._buffers[device][start : start + size]
+        place = _buffer(self._buffers, device)[start : start + size]
         place.view(picked.shape).copy_(picked)
         return place.view(values, picked.shape[-1])
+
+    def scratch(self, sample: Tensor) -> Tensor:
+        """Room for a tensor like this sample; memory from the system costs more than to fill it."""
+        if sample.numel() > SPACE:
+            return torch.empty_like(sample)
+        return _buffer(self._scratch, sample.device)[: sample.numel()].view(sample.shape)
 
     def later(self, work: Callable[[], None]) -> None:
         """What to do with samples, before they are overwritten."""
@@ -103,6 +107,13 @@ class Samples:
         self.turn += 1
         for do in work:
             do()
+
+
+def _buffer(buffers: dict[torch.device, Tensor], device: torch.device) -> Tensor:
+    if device not in buffers:
+        with torch.inference_mode(False):  # or it could not be written to outside of it
+            buffers[device] = torch.empty(SPACE, dtype=_wide(device), device=device)
+    return buffers[device]
 
 
 def _wide(device: torch.device) -> torch.dtype:

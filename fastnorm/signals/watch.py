@@ -46,7 +46,7 @@ class Watch:
         """See a call's output, detached; the sample of it, (values, units)."""
         axis = units_axis(output, last)
         picked = samples.take(output, axis)
-        samples.later(lambda: self.output.add(picked, self.bounds))
+        samples.later(lambda: self.output.add(picked, self.bounds, samples.scratch(picked)))
         self.output.failed.add(number(total(output)), event)
         if self.dying and output.dim() > 1 and output.numel():
             peak = _peak(output, axis)
@@ -135,16 +135,17 @@ class BatchNormGap:
             return
         self._picked = samples.take(input, axis) if picked is None else picked
         self.batch = min(batch, len(self._picked))
-        samples.later(self._settle)
+        samples.later(lambda: self._settle(samples))
 
     @torch.no_grad()
-    def _settle(self) -> None:
+    def _settle(self, samples: Samples) -> None:
         picked, self._picked = self._picked, None
         mean, var = self.norm.running_mean, self.norm.running_var
         if picked is None or mean is None or var is None:
             return
         batch_mean = picked.mean(0)
-        batch_var = (picked - batch_mean).square().mean(0)
+        centred = torch.sub(picked, batch_mean, out=samples.scratch(picked))
+        batch_var = centred.square_().mean(0)
         running = var.to(picked.dtype) + self.norm.eps
         mean_gap = ((batch_mean - mean.to(picked.dtype)).square() / running).mean().sqrt()
         var_gap = ((batch_var + self.norm.eps) / running).log2().abs().mean()

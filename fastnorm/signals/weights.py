@@ -89,10 +89,13 @@ class Weight:
 
 def alike(weights: Tensor, gradients: Tensor) -> float:
     """The share of units that have a twin, from the projections, on the CPU."""
-    if len(weights) < 2 or not (weights.isfinite().all() and gradients.isfinite().all()):
+    if len(weights) < 2:
         return 0.0
     ordered = weights.sort().values
-    if (ordered.diff() > ALIKE * weights.abs().max()).all():
+    largest = max(-ordered[0].item(), ordered[-1].item())
+    if (ordered.diff() > ALIKE * largest).all():  # most have none; NaN comes last
+        return 0.0
+    if not (weights.isfinite().all() and gradients.isfinite().all()):
         return 0.0
     keys = _steps(weights) * (4 / ALIKE) + _steps(gradients)
     _, counts = torch.unique(keys, return_counts=True)
