@@ -213,10 +213,11 @@ class Signals:
 
     def _sample_of(self, input: Any) -> Tensor | None:
         """The sample of the last output, where `input` is that, and nothing wrote to either."""
-        if self._known is None or input is None or input is not self._output:
+        output = self._output
+        if self._known is None or output is None or input is not output:
             return None
         version, picked, turn = self._known
-        return picked if input._version == version and turn == self._samples.turn else None
+        return picked if output._version == version and turn == self._samples.turn else None
 
     def _see_gradient(self, watch: Watch, gradient: Tensor) -> None:
         if self._handles:  # a backward pass after the block is not recorded
