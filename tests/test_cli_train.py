@@ -520,7 +520,7 @@ def test_a_signal_leaves_nothing(number, status, tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_in_a_process_of_its_own(tmp_path):
-    arguments = "-m fastnorm.cli train --model mlp --epochs 100000"
+    arguments = "-m fastnorm train --model mlp --epochs 100000"
     process = subprocess.Popen(
         [sys.executable, *arguments.split()],
         cwd=tmp_path,
