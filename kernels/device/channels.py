@@ -71,7 +71,7 @@ def load_stats(stats_ptr, c, cmask, C):
 def moments_of_tiles(
     x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """(count, mean, rest, std) of each channel over the tiles first … last-1; count is (1,).
 
@@ -88,6 +88,7 @@ def moments_of_tiles(
     shift = pivot[None, :] * unit
 
     LANES: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
+    TOGETHER: tl.constexpr = not COLUMNS and ALIGN % FOLD == 0  # neighbours, as S is a multiple
     count = tl.zeros((LANES, 1), ACC)
     mean = tl.zeros((LANES, BLOCK_C), ACC)
     m2 = tl.zeros((LANES, BLOCK_C), ACC)
@@ -95,9 +96,9 @@ def moments_of_tiles(
         n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         x = load_as(x_ptr, tile_offsets(n, s, c, C, S, COLUMNS), mask, ACC)
-        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, COLUMNS)
+        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, COLUMNS, TOGETHER)
         d = x * unit - shift
-        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS)
+        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS, TOGETHER)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
 
     count, mean, std = merge_lanes(count, mean, m2)
