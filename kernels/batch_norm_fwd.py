@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastnorm.kernels.device.channels import (
+    STAGES,
     channels_of,
     load_affine,
     load_stats,
@@ -144,7 +145,7 @@ def batch_norm_fwd_moments_kernel(
     p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
     count, mean, rest, std = moments_of_tiles(
         x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C,
-        FOLD, ALIGN, COLUMNS,
+        FOLD, ALIGN, COLUMNS, 1 if COLUMNS else STAGES,
     )  # fmt: skip
     at = p.to(tl.int64) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
