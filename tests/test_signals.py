@@ -467,9 +467,16 @@ def test_zero_weights_with_gradients_of_their_own_are_not_identical():
 
 def test_alike_counts_pairs_in_both():
     weights = torch.tensor([1.0, 1.0 + 1e-7, 2.0, 3.0, 3.0])
-    assert alike(weights, torch.tensor([5.0, 5.0, 6.0, 7.0, 8.0])) == pytest.approx(0.4)
-    assert alike(weights, torch.arange(5.0)) == 0
-    assert alike(torch.full((3,), math.nan), torch.ones(3)) == 0
+    pairs = [
+        (weights, torch.tensor([5.0, 5.0, 6.0, 7.0, 8.0])),
+        (torch.ones(3), torch.tensor([1.0, 2.0, 1.0])),
+        (weights, torch.arange(5.0)),
+        (torch.full((3,), math.nan), torch.ones(3)),
+        (torch.zeros(1), torch.zeros(1)),
+        (torch.zeros(0), torch.zeros(0)),
+        (torch.zeros(3), torch.zeros(3)),
+    ]
+    assert alike(pairs) == pytest.approx([0.4, 2 / 3, 0, 0, 0, 0, 1])
 
 
 @pytest.mark.parametrize(

@@ -323,19 +323,29 @@ def test_a_compiled_model_is_recorded(how):
 @pytest.mark.parametrize("where", ["before", "inside"])
 def test_a_forward_that_fails_and_is_caught(where):
     """What runs afterwards is seen as ever."""
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.ReLU()
+
+        def forward(self, x):
+            return F.tanh(self.b(self.a(x)))
+
+    model = Model()
 
     def refuse(*_):
         raise ValueError("no")
 
     with signals.record(model) as seen:
-        handle = model[0].register_forward_pre_hook(refuse, prepend=where == "before")
+        handle = model.a.register_forward_pre_hook(refuse, prepend=where == "before")
         with pytest.raises(ValueError, match="no"):
             model(torch.randn(3, 4))
         handle.remove()
-        F.tanh(model(torch.randn(3, 4)))
-    assert list(by_name(seen)) == ["0", "1", "1 → tanh"]
-    assert by_name(seen)["0"].calls == 1
+        model(torch.randn(3, 4))
+    assert [(layer.name, layer.calls) for layer in seen.layers] == [
+        ("a", 1), ("b", 1), ("b → tanh", 1)
+    ]  # fmt: skip
     assert hooks(model) == []
 
 
@@ -399,3 +409,12 @@ def test_inference_mode_and_fused_layers():
         model(torch.randn(5, 3, 4))
     assert [layer.calls for layer in seen.layers] == [1, 1, 1]
     assert all(math.isnan(layer.gradient_norm) for layer in seen.layers)
+
+
+def test_a_recording_that_cannot_start_leaves_nothing():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight.register_post_accumulate_grad_hook = None
+    with pytest.raises(TypeError, match="not callable"):
+        signals.record(model).__enter__()
+    assert hooks(model) == []
+    assert not model[0].weight._post_accumulate_grad_hooks

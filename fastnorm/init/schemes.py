@@ -32,7 +32,7 @@ def xavier_uniform_(
         ValueError: fewer than 2 axes and no `fans`; an unknown mode; a gain below 0 or not finite.
 
     Source: Glorot & Bengio 2010, "Understanding the difficulty of training deep feedforward neural
-    networks", eq. 16.
+    networks", the normalized initialization.
 
     >>> import torch, fastnorm
     >>> w = fastnorm.init.xavier_uniform_(torch.empty(30, 20))
@@ -83,7 +83,7 @@ def he_uniform_(
     Raises:
         ValueError: fewer than 2 axes and no `fans`; an unknown mode; a slope that is not finite.
 
-    Source: He, Zhang, Ren & Sun 2015, "Delving Deep into Rectifiers", eq. 15.
+    Source: He, Zhang, Ren & Sun 2015, "Delving Deep into Rectifiers".
 
     >>> import torch, fastnorm
     >>> w = fastnorm.init.he_uniform_(torch.empty(30, 20))

@@ -1,9 +1,8 @@
 """record: hooks on every layer of a model, there while a block runs."""
 
 import math
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,16 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
 from fastnorm.signals import shown
+from fastnorm.signals.around import Functions, module_by_module
 from fastnorm.signals.findings import Finding, find
 from fastnorm.signals.layers import LayerSignal
 from fastnorm.signals.moments import First, number
 from fastnorm.signals.samples import Samples
 from fastnorm.signals.tensors import inside, is_plain, to_cpu
-from fastnorm.signals.watch import Watch, activation_of, is_watched, total, units_last
+from fastnorm.signals.watch import PARTS, Watch, activation_of, is_watched, total, units_last
+from fastnorm.signals.weights import alike
 from fastnorm.structure import activations, layers
 
 SAMPLE = 2**13
@@ -34,9 +34,11 @@ def record(
     .. math:: \mathrm{mean}\,y_l,\ \mathrm{std}\,y_l,\ \|\partial L/\partial y_l\|,\
               \|W_l\|,\ \|\partial L/\partial W_l\|,\ \|\Delta W_l\| / \|W_l\|
 
-    for each layer, norm and activation l, those called as functions of torch included. Everything
-    is summed on the model's device as it passes; one transfer at the end of the block brings the
-    numbers. Hooks are removed there, also after an exception. The model's results do not change.
+    for each layer, norm and activation l, those called as functions of torch in the model's forward
+    included. Everything is summed on the model's device as it passes; one transfer at the end of
+    the block brings the numbers. Hooks are removed there, also after an exception. The model's
+    results do not change, but for rounding where something was compiled, or a transformer in
+    evaluation took torch's fused path: in the block modules run one by one.
 
     Args:
         model: any module; several forward and backward passes in the block are merged.
@@ -89,6 +91,7 @@ class Signals:
         self._watches: dict[str, Watch] = {}
         self._handles: list[RemovableHandle] = []
         self._around = ExitStack()
+        self._functions: Functions | None = None
         self._samples = Samples(sample)
         self._output: Tensor | None = None  # the last one, and what is known of it
         self._known: tuple[int, Tensor, int] | None = None
@@ -123,15 +126,11 @@ class Signals:
             raise RuntimeError("this recording runs already; call record() again for another")
         self._watches, self.layers, self._last = {}, [], None
         self._inputs, self.input_failed = First(), math.inf
-        self._attach_model()
-        for name, module in self.model.named_modules():
-            if is_watched(module):
-                self._attach(Watch(name, module, activation_of(module)), module)
-        if self.optimizer is not None:
-            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
-        self._around.enter_context(_module_by_module(self.model))
-        self._around.enter_context(_Functions(self))
+        try:
+            self._attach_all()
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
         return self
 
     def __exit__(
@@ -140,6 +139,7 @@ class Signals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._see_functions(False)
         self._around.close()
         for handle in self._handles:
             handle.remove()
@@ -147,6 +147,17 @@ class Signals:
         self.layers = self._collect()
         self._watches, self._output, self._known = {}, None, None
         self._samples = Samples(self.sample)
+
+    def _attach_all(self) -> None:
+        self._attach_model()
+        for name, module in self.model.named_modules():
+            if is_watched(module):
+                self._attach(Watch(name, module, activation_of(module)), module)
+        if self.optimizer is not None:
+            self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
+            self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
+        self._around.enter_context(module_by_module(self.model))
+        self._see_functions(True)
 
     def _attach(self, watch: Watch, module: nn.Module) -> None:
         def enter(called: nn.Module, args: Any) -> None:
@@ -231,16 +242,29 @@ class Signals:
         def enter(called: nn.Module, args: Any, kwargs: Any) -> None:
             if called is self.model:
                 self._depth += 1
+                self._see_functions(True)
                 if torch._C._current_graph_task_id() < 0:
                     self._see_input((args, kwargs))
 
         def leave(called: nn.Module, args: Any, output: Any) -> None:
             if called is self.model:
                 self._depth = max(0, self._depth - 1)
+                self._see_functions(self._depth > 0)
 
-        # the last of the model's hooks before, the first after: it is inside that functions are its
         self._handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(leave, always_call=True))
+
+    def _see_functions(self, on: bool) -> None:
+        """From the start, in case that the model's parts alone are called; then within its calls.
+
+        Each function and attribute of a tensor is slower by 2 µs then, those of an optimizer too.
+        """
+        if on and self._functions is None:
+            self._functions = Functions(self._see_function)
+            self._functions.__enter__()  # type: ignore[no-untyped-call]
+        elif not on and self._functions is not None:
+            self._functions.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self._functions = None
 
     def _see_input(self, arguments: Any) -> None:
         self._event += 1
@@ -272,46 +296,19 @@ class Signals:
     def _collect(self) -> list[LayerSignal]:
         """Every layer's numbers, by one transfer from each device."""
         self._samples.finish()
-        found = [(watch, watch.parts()) for watch in self._watches.values()]
-        tensors = [tensor for _, groups in found for group in groups for tensor in group]
+        watches = list(self._watches.values())
+        groups = [group for watch in watches for group in watch.parts()]
+        projected = [w.weight for w in watches if w.weight is not None and w.weight.projections]
+        projections = [one for weight in projected for one in weight.projections or ()]
         inputs = self._inputs.parts
-        values = iter(to_cpu([*inputs, *tensors]))
-        self.input_failed = self._inputs.number([float(next(values)) for _ in inputs])
+        moved = iter(
+            to_cpu([*inputs, *(number for group in groups for number in group), *projections])
+        )
+        self.input_failed = self._inputs.number([float(next(moved)) for _ in inputs])
+        values = iter([[float(next(moved)) for _ in group] for group in groups])
+        pairs = [(torch.as_tensor(next(moved)), torch.as_tensor(next(moved))) for _ in projected]
+        identical = dict(zip(map(id, projected), alike(pairs), strict=True))
         return [
-            watch.signal([[next(values) for _ in group] for group in groups])
-            for watch, groups in found
+            watch.signal([next(values) for _ in range(PARTS)], identical.get(id(watch.weight), 0.0))
+            for watch in watches
         ]
-
-
-class _Functions(TorchFunctionMode):
-    """Shows the activations that a forward calls as functions or methods of torch."""
-
-    def __init__(self, signals: Signals) -> None:
-        super().__init__()
-        self.signals = signals
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        output = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
-        if name.rstrip("_") in activations.NAMES:
-            slope = kwargs.get("negative_slope", args[1] if len(args) > 1 else None)
-            self.signals._see_function(name, slope, args[0] if args else None, output)
-        return output
-
-
-@contextmanager
-def _module_by_module(model: nn.Module) -> Iterator[None]:
-    """Has every module called, so that its hooks are: nothing compiled, nothing fused by torch."""
-    with ExitStack() as stack:
-        if "torch._dynamo" in sys.modules:  # else nothing is compiled
-            stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if any(
-            isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder)) for m in model.modules()
-        ):
-            mha = torch.backends.mha
-            stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
-            mha.set_fastpath_enabled(False)
-        yield

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from fastnorm.signals.layers import LayerSignal
 from fastnorm.signals.moments import Moments, Norms, Number, number
 from fastnorm.signals.samples import Samples, units_axis
-from fastnorm.signals.weights import Weight, alike
+from fastnorm.signals.weights import Weight
 from fastnorm.structure import activations, layers
 from fastnorm.structure.activations import Activation
 
@@ -19,6 +19,8 @@ BOUNDS = {
 }  # fmt: skip
 SMALL_PLANE = 200
 """Positions, below which torch reduces over samples and positions at once 5 to 25 times slower."""
+PARTS = 9
+"""Groups of numbers that a layer has."""
 DYING = frozenset(("relu", "relu6"))
 WEIGHTED = (
     nn.Linear, nn.Bilinear, *layers.CONVOLUTIONS, *layers.RECURRENT, *layers.FUSED,
@@ -59,7 +61,7 @@ class Watch:
         self.gradient.add(gradient.detach(), event)
 
     def parts(self) -> list[list[Number]]:
-        """All that has to come from the device: groups of numbers, and last the projections."""
+        """All that has to come from the device: groups of numbers."""
         weight = self.weight
         return [
             self.output.parts,
@@ -71,12 +73,10 @@ class Watch:
             [] if weight is None or weight.gradient_norm is None else [weight.gradient_norm],
             [] if weight is None or weight.ratio is None else [weight.ratio],
             [] if self.batch_norm is None else self.batch_norm.gaps,
-            [] if weight is None else list(weight.projections or ()),
         ]
 
-    def signal(self, values: list[list[Number]]) -> LayerSignal:
-        """The numbers, from the values of `parts()` on the CPU."""
-        numbers = [[float(v) for v in group if _is_number(v)] for group in values]
+    def signal(self, numbers: list[list[float]], identical: float) -> LayerSignal:
+        """The numbers, from the values of `parts()`."""
         output = self.output.numbers(numbers[0])
         dead = _only(numbers[4])
         gaps = self.batch_norm.numbers(numbers[8]) if self.batch_norm is not None else {}
@@ -94,7 +94,7 @@ class Watch:
             weight_norm=_only(numbers[5]),
             weight_gradient_norm=_only(numbers[6]),
             update_ratio=_only(numbers[7]),
-            identical=alike(*map(torch.as_tensor, values[9])) if values[9] else 0.0,
+            identical=identical,
             failed=self.output.failed.number(numbers[1]),
             gradient_failed=self.gradient.failed.number(numbers[3]),
             bounded=bool(self.bounds),
@@ -194,10 +194,6 @@ def _weight(module: Any) -> Weight | None:
 def total(tensor: Tensor) -> Tensor:
     """The sum of all elements: not finite where one of them is not. The fastest pass there is."""
     return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _is_number(value: Number) -> bool:
-    return not isinstance(value, Tensor) or value.dim() == 0
 
 
 def _only(values: list[float]) -> float:

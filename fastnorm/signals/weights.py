@@ -87,24 +87,28 @@ class Weight:
         return whole[:: min(step, len(whole))] if whole.dim() and len(whole) else whole
 
 
-def alike(weights: Tensor, gradients: Tensor) -> float:
-    """The share of units that have a twin, from the projections, on the CPU."""
-    if len(weights) < 2:
-        return 0.0
-    ordered = weights.sort().values
-    largest = max(-ordered[0].item(), ordered[-1].item())
-    if (ordered.diff() > ALIKE * largest).all():  # most have none; NaN comes last
-        return 0.0
-    if not (weights.isfinite().all() and gradients.isfinite().all()):
-        return 0.0
-    keys = _steps(weights) * (4 / ALIKE) + _steps(gradients)
-    _, counts = torch.unique(keys, return_counts=True)
-    return float(counts[counts > 1].sum()) / len(weights)
+def alike(projections: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """By layer, the share of units that have a twin, from (weight, gradient) on the CPU."""
+    shares = [0.0] * len(projections)
+    sizes = [len(weight) for weight, _ in projections]
+    for size in set(sizes) - {
+        0
+    }:  # layers of one size at once: each operator costs more than its work
+        mine = [index for index, one in enumerate(sizes) if one == size]
+        weights, gradients = (torch.stack([projections[i][k] for i in mine]) for k in (0, 1))
+        finite = (weights.isfinite() & gradients.isfinite()).all(1)
+        keys = _steps(weights) * (4 / ALIKE) + _steps(gradients)
+        same = keys.sort(1).values.diff() == 0
+        twins = nn.functional.pad(same, (1, 0)) | nn.functional.pad(same, (0, 1))
+        found = twins.double().mean(1).where(finite, 0.0).tolist()
+        for index, share in zip(mine, found, strict=True):
+            shares[index] = share
+    return shares
 
 
 def _steps(values: Tensor) -> Tensor:
     values = values.double()
-    scale = values.abs().max().clamp(min=torch.finfo(torch.float64).tiny)
+    scale = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
     return (values / (ALIKE * scale)).round()
 
 

@@ -19,7 +19,7 @@ RATES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 QUICK_RATES, QUICK_STEPS = (0.1, 1.0), 40
 SMOOTH_RATE, SMOOTH_EVERY = 0.1, 10
 DISTANCES = (0.5, 1.0, 2.0, 4.0)
-"""Along the gradient, in steps of the learning rate, as in Santurkar et al. 2018, figure 4."""
+"""Along the gradient, in steps of the learning rate, after Santurkar et al. 2018."""
 
 
 @dataclass

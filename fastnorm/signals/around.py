@@ -1,0 +1,46 @@
+"""What holds while a recording runs: functions are seen, and every module is called."""
+
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode
+
+from fastnorm.structure import activations
+
+
+class Functions(TorchFunctionMode):
+    """Shows the activations that a forward calls as functions or methods of torch."""
+
+    def __init__(self, seen: Callable[[str, Any, Any, Any], None]) -> None:
+        super().__init__()
+        self.seen = seen  # takes (name, slope, input, output)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        output = func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if name.rstrip("_") in activations.NAMES:
+            slope = kwargs.get("negative_slope", args[1] if len(args) > 1 else None)
+            self.seen(name, slope, args[0] if args else None, output)
+        return output
+
+
+@contextmanager
+def module_by_module(model: nn.Module) -> Iterator[None]:
+    """Has every module called, so that its hooks are: nothing compiled, nothing fused by torch."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(
+            isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder)) for m in model.modules()
+        ):
+            mha = torch.backends.mha
+            stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            mha.set_fastpath_enabled(False)
+        yield
