@@ -216,6 +216,27 @@ def test_a_case_that_fails_is_named(tmp_path, capsys, monkeypatch):
     assert f"Failed: {first}: RuntimeError: no such layout" in capsys.readouterr().out
 
 
+def test_where_nothing_can_be_timed_it_says_why(tmp_path, monkeypatch):
+    """And does not go on to the last case when the limit is over."""
+    tried = []
+
+    def fails(one, *rest, **options):
+        tried.append(one)
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(suite, "measure", fails)
+    monkeypatch.setattr(bench, "is_over", lambda limit, start: len(tried) > 1)
+    with pytest.raises(RuntimeError, match="no such device"):
+        main(["bench", "--peers", "none", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert len(tried) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_launches_are_not_counted_where_nobody_can(monkeypatch):
+    monkeypatch.setattr(torch.profiler, "supported_activities", set)
+    assert suite.launches(None, [], torch.device("cuda")) is None
+
+
 def test_an_interrupted_run_leaves_nothing(tmp_path, capsys, monkeypatch):
     done = []
 

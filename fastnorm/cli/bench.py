@@ -137,7 +137,7 @@ def _measure(
     ):
         warnings.simplefilter("ignore")
         top = ceilings.measure(device, quick)
-        while left and not (measured and is_over(arguments.limit, start)):
+        while left and not (len(left) < len(cases) and is_over(arguments.limit, start)):
             case = left.pop(0)
             note = "failed"
             try:
@@ -148,7 +148,7 @@ def _measure(
                 measured.append(one)
                 note = f"{one.costs[suite.BASELINE].speedup:.2f} of torch.nn's speed"
             except Exception as problem:  # of whichever library, compiler or driver
-                if not (left or measured):
+                if not measured and (not left or is_over(arguments.limit, start)):
                     raise
                 failed[str(case)] = (
                     f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
