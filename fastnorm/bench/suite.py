@@ -238,7 +238,7 @@ def _difference(got: Any, want: Any) -> float:
 def launches(call: Call, inputs: Sequence[Tensor], device: torch.device) -> int | None:
     """Kernels that a call starts on the GPU; None on a CPU, which has none, or if nobody counts."""
     activity = torch.profiler.ProfilerActivity.CUDA
-    if device.type != "cuda" or activity not in torch.profiler.supported_activities():
+    if device.type != "cuda" or activity not in torch.profiler.supported_activities():  # type: ignore[no-untyped-call]
         return None
     with torch.profiler.profile(activities=[activity]) as profile:
         call(*inputs)
