@@ -233,10 +233,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shares",
         type=int,
-        default=max(1, (os.cpu_count() or 2) - 6),  # verify and the sanitizers have some too
-        help="processes that divide the tests",
+        help="processes that divide the tests (default: a processor each; fewer beside others)",
     )
     options = parser.parse_args(arguments)
+    spared = 6 if {"verify", "sanitize"} & {*options.steps} else 0
+    shares = options.shares or max(1, (os.cpu_count() or 2) - spared)
     out: Path = options.out.resolve()
     if out.exists() and any(out.iterdir()):
         parser.error(f"argument --out: {out} has files in it")
@@ -250,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _doctor(out)
     endings: list[Ending] = []
     limit = options.limit - (time.monotonic() - start)
-    for phase in _phases(out, options.steps, options.shares, limit):
+    for phase in _phases(out, options.steps, shares, limit):
         for ending in run(phase, out):
             print(f"{ending.name}: {ending.ending} ({ending.seconds} s)", flush=True)
             endings.append(ending)

@@ -193,6 +193,23 @@ def test_a_limit(tmp_path, capsys, monkeypatch):
     assert f"Left out, since the limit was over: {cases[3]};" in capsys.readouterr().out
 
 
+def test_an_interrupted_case_with_a_limit_is_left_out(tmp_path, monkeypatch):
+    """What was measured before it is written: it may be all there will ever be."""
+    cases = [str(one) for one in suite.cases(CPU, False)]
+
+    def interrupted(one, *rest, measure=suite.measure, **options):
+        if str(one) == cases[1]:
+            raise KeyboardInterrupt
+        return measure(one, *rest, **options)
+
+    monkeypatch.setattr(suite, "measure", interrupted)
+    options = ["--peers", "none", "--rounds", "1", "--device", "cpu", "--limit", "100"]
+    assert main(["bench", *options, "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(result["results"]) == 1
+    assert result["left_out"] == cases[1:]
+
+
 def test_when_a_limit_is_over():
     now = time.monotonic()
     assert [is_over(limit, now - 10) for limit in (None, 5, 3600)] == [False, True, False]

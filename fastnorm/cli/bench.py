@@ -147,6 +147,11 @@ def _measure(
                 )  # fmt: skip
                 measured.append(one)
                 note = f"{one.costs[suite.BASELINE].speedup:.2f} of torch.nn's speed"
+            except KeyboardInterrupt:  # as of whoever set the limit, and has lost patience
+                if arguments.limit is None or not measured:
+                    raise
+                left.insert(0, case)
+                break
             except Exception as problem:  # of whichever library, compiler or driver
                 if not measured and (not left or is_over(arguments.limit, start)):
                     raise
