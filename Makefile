@@ -44,8 +44,9 @@ codegen: $(VENV)/.installed  ## registers, spills and vector widths of every ker
 	$(BIN)/python bench/codegen.py --out bench/results/codegen.md
 
 # A GPU's machine may be offline and has a torch of its own: the interpreter as it is, if no .venv is.
+# OPTIONS: e.g. "--steps tests --pack tests.tar.gz"; all in one takes less than ten minutes.
 gpu:  ## on a machine with a GPU: gpu tests, verify, bench, compute-sanitizer; results in OUT
-	$(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON)) bench/gpu.py --out $(OUT)
+	$(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON)) bench/gpu.py --out $(OUT) $(OPTIONS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -11,12 +11,12 @@ from fastnorm.kernels.device.matmul import (
     less,
     load_matrix,
     load_rows,
+    rows_of_tile,
     store_joined,
     store_matrix,
     store_rows,
     unit_of,
 )
-from fastnorm.kernels.device.tiles import lanes_of_tile
 from fastnorm.kernels.launch import PRODUCT_SIZES
 
 
@@ -51,7 +51,7 @@ def linear_batch_norm_bwd_weight_kernel(
         unit = unit.to(ACC)
     first = share * tiles_per_program
     for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
-        b, s, inside = lanes_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
+        b, s, inside = rows_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
         dy = load_rows(dy_ptr, b, s, inside, cols, N, S, COLUMNS)
         g = gated(dy, y_ptr, b, s, inside, cols, N, S, GATE, COLUMNS)
         dbeta += fold_rows(g.to(ACC), 16, COLUMNS)
@@ -107,7 +107,7 @@ def linear_batch_norm_bwd_input_kernel(
     tile, block = block_of_program(tiles, tl.cdiv(K, BLOCK_K), GROUP)
     k = block * BLOCK_K + tl.arange(0, BLOCK_K)
     lane = tl.arange(0, BLOCK_B * BLOCK_S)
-    b, s, inside = lanes_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
+    b, s, inside = rows_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
     dx = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_K), ACC)
     if todo_ptr is not None:
         if tl.load(todo_ptr) == 0:

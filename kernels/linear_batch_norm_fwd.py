@@ -7,10 +7,10 @@ from fastnorm.kernels.device.matmul import (
     aligned,
     block_of_program,
     product_of_rows,
+    rows_of_tile,
     store_rows,
 )
 from fastnorm.kernels.device.moments import finite_or_zero, sqrt
-from fastnorm.kernels.device.tiles import lanes_of_tile
 from fastnorm.kernels.launch import PRODUCT_SIZES
 
 
@@ -30,7 +30,7 @@ def linear_batch_norm_fwd_kernel(
     tile, block = block_of_program(tiles, tl.cdiv(N, BLOCK_N), GROUP)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_B * BLOCK_S)
-    b, s, inside = lanes_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
+    b, s, inside = rows_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
     z = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_N), ACC)
     z = product_of_rows(
         z, x_ptr, w_ptr, shift_ptr, b, s, inside, cols, N, K, S, BLOCK_K, PRECISION, COLUMNS
@@ -58,7 +58,7 @@ def linear_batch_norm_fwd_epilogue_kernel(
     tile, block = block_of_program(tiles, tl.cdiv(N, BLOCK_N), GROUP)
     cols = block * BLOCK_N + tl.arange(0, BLOCK_N)
     lane = tl.arange(0, BLOCK_B * BLOCK_S)
-    b, s, inside = lanes_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
+    b, s, inside = rows_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
     z = tl.zeros((BLOCK_B * BLOCK_S, BLOCK_N), ACC)
     z = product_of_rows(
         z, x_ptr, w_ptr, None, b, s, inside, cols, N, K, S, BLOCK_K, PRECISION, COLUMNS

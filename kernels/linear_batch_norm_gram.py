@@ -16,10 +16,10 @@ from fastnorm.kernels.device.matmul import (
     as_float64,
     fold_rows,
     load_rows,
+    rows_of_tile,
     upper_pair,
 )
 from fastnorm.kernels.device.moments import finite_or_zero
-from fastnorm.kernels.device.tiles import lanes_of_tile
 from fastnorm.kernels.launch import PRODUCT_SIZES
 
 
@@ -62,7 +62,7 @@ def linear_batch_norm_fwd_gram_kernel(
         if not any_flag(flags_ptr, F, BLOCK_F):
             return
     for tile in range(first, last):
-        b, at, inside = lanes_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
+        b, at, inside = rows_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
         xi = load_rows(x_ptr, b, at, inside, i, K, S, COLUMNS)
         xj = load_rows(x_ptr, b, at, inside, j, K, S, COLUMNS)
         if WIDE:

@@ -1,5 +1,6 @@
 """What people do to any nn.Module: autocast, checkpoints, hooks, meta, processes, threads."""
 
+import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.profiler import profile
 from torch.utils.checkpoint import checkpoint
 from twins import close, randomize
@@ -17,6 +19,7 @@ from twins import close, randomize
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager import native
+from fastnorm.kernels.launch import Device, assume
 
 
 @dataclass(frozen=True)
@@ -139,6 +142,41 @@ def test_autocast(backend, name, under):
                 )
 
 
+@contextlib.contextmanager
+def autocast_of_a_gpu(dtype: torch.dtype) -> Iterator[None]:
+    """`torch.autocast("cuda")`, which is not to be had without one."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there it is tried")
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")  # torch's, of its own
+@pytest.mark.parametrize("backend_name", ["auto", "eager"])
+@each_twin
+def test_autocast_of_a_gpu_that_is_not_there(name, backend_name):
+    """Which norms give float32 there differs from a CPU, and from one torch to another."""
+    twin = TWINS[name]
+    modules = [make().eval() for make in (twin.ours, twin.theirs)]
+    states = [module.state_dict().items() for module in modules]
+    with FakeTensorMode(), assume(Device(132)), fastnorm.use_backend(backend_name):
+        for dtype in (torch.float32, torch.bfloat16):
+            x = torch.empty(twin.shape, device="cuda", dtype=dtype)
+            x = x.to(memory_format=twin.memory_format)
+            found = []
+            for module, state in zip(modules, states, strict=True):
+                fakes = {n: torch.empty(t.shape, device="cuda", dtype=t.dtype) for n, t in state}
+                with autocast_of_a_gpu(torch.bfloat16):
+                    y = torch.func.functional_call(module, fakes, x)
+                found.append((y.dtype, y.device, y.shape))
+            assert found[0] == found[1]
+
+
 CASTS = {
     "layer_norm": lambda x, r: FF.layer_norm(x, x.shape[2:], activation="gelu"),
     "rms_norm": lambda x, r: FF.rms_norm(x, x.shape[2:]),
@@ -173,7 +211,7 @@ def test_autocast_of_a_gpu_is_in_the_kernels(monkeypatch, name):
 
     want, launches, _ = run(torch.float32)
     wider = {torch.bfloat16: torch.float32}
-    monkeypatch.setattr(native, "output_dtype", lambda t, *_: wider.get(t.dtype, t.dtype))
+    monkeypatch.setattr(native, "output_dtype", lambda t, *_, **__: wider.get(t.dtype, t.dtype))
     got, same, cast = run(torch.bfloat16)
     assert same == launches
     assert not cast
@@ -193,7 +231,11 @@ def test_grad_scaler(backend, name):
         for step in range(3):
             with torch.autocast(backend.type, dtype=torch.float16):
                 # (torch's own channels_last GroupNorm ends the process where no dx is wanted)
-                loss = module(twin.batch(backend).requires_grad_()).float().square().mean()
+                y = module(twin.batch(backend).requires_grad_())
+                # weighed: of what is normalized the sum of squares hardly depends on the input
+                loss = (
+                    y.float().square() * torch.linspace(0, 1, y.numel()).to(y).view_as(y)
+                ).mean()
             losses.append(loss.detach())
             optimizer.zero_grad()
             scaler.scale(loss).backward()

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import sys
+import time
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -14,8 +15,9 @@ import torch
 import fastnorm
 from fastnorm.bench import ceilings, harness, libraries, shapes, suite
 from fastnorm.bench.layers import FORMATS, PASSES, Layer
-from fastnorm.cli import main
+from fastnorm.cli import bench, main
 from fastnorm.cli.bench_groups import geometric
+from fastnorm.cli.progress import is_over
 
 CPU = torch.device("cpu")
 REAL_LAYERS, REAL_MEASURE = shapes.layers, ceilings.measure
@@ -176,6 +178,80 @@ def test_the_interpreter_is_not_timed(tmp_path, capsys):
     with fastnorm.use_backend("triton"):
         line = refused(capsys, "--device", "cpu", "--out", str(tmp_path / "results"))
     assert "FASTNORM_BACKEND" in line
+
+
+def test_a_limit(tmp_path, capsys, monkeypatch):
+    """The case that is running is finished; the report names those that are not begun."""
+    asked = iter(range(100))
+    monkeypatch.setattr(bench, "is_over", lambda limit, start: next(asked) >= (limit == 15) * 2)
+    options = ["--peers", "none", "--rounds", "1", "--device", "cpu", "--limit", "15"]
+    assert main(["bench", *options, "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    cases = [str(one) for one in suite.cases(CPU, False)]
+    assert len(result["results"]) == 3  # after the third it is over
+    assert result["left_out"] == cases[3:]
+    assert f"Left out, since the limit was over: {cases[3]};" in capsys.readouterr().out
+
+
+def test_an_interrupted_case_with_a_limit_is_left_out(tmp_path, monkeypatch):
+    """What was measured before it is written: it may be all there will ever be."""
+    cases = [str(one) for one in suite.cases(CPU, False)]
+
+    def interrupted(one, *rest, measure=suite.measure, **options):
+        if str(one) == cases[1]:
+            raise KeyboardInterrupt
+        return measure(one, *rest, **options)
+
+    monkeypatch.setattr(suite, "measure", interrupted)
+    options = ["--peers", "none", "--rounds", "1", "--device", "cpu", "--limit", "100"]
+    assert main(["bench", *options, "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(result["results"]) == 1
+    assert result["left_out"] == cases[1:]
+
+
+def test_when_a_limit_is_over():
+    now = time.monotonic()
+    assert [is_over(limit, now - 10) for limit in (None, 5, 3600)] == [False, True, False]
+
+
+def test_a_case_that_fails_is_named(tmp_path, capsys, monkeypatch):
+    """And keeps no other from being timed; the status tells."""
+    first, *others = (str(one) for one in suite.cases(CPU, True))
+
+    def fails(one, *rest, measure=suite.measure, **options):
+        if str(one) == first:
+            raise RuntimeError("no such layout\nand more")
+        return measure(one, *rest, **options)
+
+    monkeypatch.setattr(suite, "measure", fails)
+    options = ["--quick", "--peers", "none", "--rounds", "1", "--device", "cpu"]
+    assert main(["bench", *options, "--out", str(tmp_path / "out")]) == 1
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert result["failed"] == {first: "RuntimeError: no such layout"}
+    assert len(result["results"]) == len(others)
+    assert f"Failed: {first}: RuntimeError: no such layout" in capsys.readouterr().out
+
+
+def test_where_nothing_can_be_timed_it_says_why(tmp_path, monkeypatch):
+    """And does not go on to the last case when the limit is over."""
+    tried = []
+
+    def fails(one, *rest, **options):
+        tried.append(one)
+        raise RuntimeError("no such device")
+
+    monkeypatch.setattr(suite, "measure", fails)
+    monkeypatch.setattr(bench, "is_over", lambda limit, start: len(tried) > 1)
+    with pytest.raises(RuntimeError, match="no such device"):
+        main(["bench", "--peers", "none", "--device", "cpu", "--out", str(tmp_path / "out")])
+    assert len(tried) == 2
+    assert not list(tmp_path.iterdir())
+
+
+def test_launches_are_not_counted_where_nobody_can(monkeypatch):
+    monkeypatch.setattr(torch.profiler, "supported_activities", set)
+    assert suite.launches(None, [], torch.device("cuda")) is None
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path, capsys, monkeypatch):

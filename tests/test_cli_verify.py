@@ -347,6 +347,19 @@ def test_a_call_that_raises_is_a_finding(few, tmp_path, monkeypatch, capsys):
     assert says in capsys.readouterr().out
 
 
+def test_a_limit(few, tmp_path, monkeypatch, capsys):
+    """The report says how many cases are left out."""
+    asked = iter(range(100))
+    monkeypatch.setattr(verify, "is_over", lambda limit, start: next(asked) >= (limit == 7) * 2)
+    options = ["--device", "cpu", "--backend", "eager", "--limit", "7"]
+    assert main(["verify", *options, "--out", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    assert len(result["cases"]) == 3
+    left = f"{len(ONE_OF_EACH) - 3} cases left out: the limit of 7 s was over"
+    assert result["left_out"] == left
+    assert left in capsys.readouterr().out
+
+
 def test_torch_without_the_operator(monkeypatch):
     """Ours is then held to roundings alone."""
 

@@ -201,7 +201,9 @@ INPUTS = {
     "after a relu": lambda t: t.relu(),
     "mean = 10 std": lambda t: t + 10,
     "mean = 1000 std": lambda t: t + 1000,
-    "channels of many sizes": lambda t: t * torch.logspace(-3, 3, t.shape[1], dtype=t.dtype),
+    "channels of many sizes": lambda t: (
+        t * torch.logspace(-3, 3, t.shape[1], dtype=t.dtype, device=t.device)
+    ),
 }
 
 

@@ -236,10 +236,11 @@ def _difference(got: Any, want: Any) -> float:
 
 
 def launches(call: Call, inputs: Sequence[Tensor], device: torch.device) -> int | None:
-    """Kernels that a call starts on the GPU; None on a CPU, which has none."""
-    if device.type != "cuda":
+    """Kernels that a call starts on the GPU; None on a CPU, which has none, or if nobody counts."""
+    activity = torch.profiler.ProfilerActivity.CUDA
+    if device.type != "cuda" or activity not in torch.profiler.supported_activities():  # type: ignore[no-untyped-call]
         return None
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+    with torch.profiler.profile(activities=[activity]) as profile:
         call(*inputs)
         torch.cuda.synchronize(device)
     kernels = [event for event in profile.events() if event.device_type.name == "CUDA"]

@@ -1,7 +1,9 @@
 """`fastnorm bench`: time every operation on this machine, against torch.nn and the peers."""
 
+import time
 import warnings
 from argparse import Namespace
+from dataclasses import dataclass
 from datetime import datetime, timezone
 
 import torch
@@ -25,7 +27,7 @@ from fastnorm.cli.arguments import (
 from fastnorm.cli.environment import describe, versions
 from fastnorm.cli.measure import peak_memory
 from fastnorm.cli.output import default_folder, results_folder
-from fastnorm.cli.progress import progress
+from fastnorm.cli.progress import is_over, progress
 
 ROUNDS, QUICK_ROUNDS = 15, 5
 
@@ -56,6 +58,12 @@ def parser() -> Parser:
         otherwise=f"{ROUNDS}, {QUICK_ROUNDS} with --quick",
         help="samples of each call",
     )
+    options.option(
+        "--limit",
+        Whole(1, 86400),
+        otherwise="none",
+        help="seconds after which no further case is begun; the report names those left out",
+    )
     options.option("--device", device_choice(), default="auto", help="where to run")
     options.option("--out", Folder(), otherwise="runs/bench-TIME", help="the folder for results")
     return options
@@ -75,44 +83,83 @@ def run(arguments: Namespace) -> int:
     rounds = arguments.rounds or (QUICK_ROUNDS if arguments.quick else ROUNDS)
     folder = arguments.out or default_folder("bench")
     with results_folder(folder) as staging:
-        top, measured = _measure(cases, peers, device, rounds, arguments.quick)
-        found = {PEERS[name].distribution: PEERS[name].version() for name in peers}
+        found = _measure(cases, peers, device, rounds, arguments)
+        packages = versions() | {PEERS[name].distribution: PEERS[name].version() for name in peers}
         report = {
             "command": "bench",
             "arguments": {"quick": arguments.quick, "only": arguments.only, "rounds": rounds},
             "date": f"{datetime.now(timezone.utc):%Y-%m-%d}",
             "machine": {**describe(device), "cache_bytes": ceilings.cache_bytes(device)},
-            "versions": versions() | found,
+            "versions": packages,
             "peers": peers,
             "absent": absent,
-            "ceilings": bench_report.ceilings_in_json(top),
-            "results": [suite.as_json(one) for one in measured],
+            "ceilings": bench_report.ceilings_in_json(found.top),
+            "results": [suite.as_json(one) for one in found.measured],
+            "failed": found.failed,
+            "left_out": [str(case) for case in found.left_out],
         }
         bench_report.write(staging, report)
     for table in bench_report.tables(report):  # as wide as it is: cut columns would say nothing
         print(table.title, tables.text(table.columns, table.rows), table.note, sep="\n", end="\n\n")
     print(*bench_report.sentences(report), f"results in {folder}", sep="\n")
-    return 0
+    return int(bool(found.failed))
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What the machine can do, what every case took, and the cases without a result."""
+
+    top: ceilings.Ceilings
+    measured: list[suite.Measured]
+    failed: dict[str, str]
+    left_out: list[suite.Case]
 
 
 def _measure(
-    cases: list[suite.Case], peers: list[str], device: torch.device, rounds: int, quick: bool
-) -> tuple[ceilings.Ceilings, list[suite.Measured]]:
-    """What the machine can do, then every case; what libraries warn of is not shown."""
-    measured = []
+    cases: list[suite.Case],
+    peers: list[str],
+    device: torch.device,
+    rounds: int,
+    arguments: Namespace,
+) -> _Found:
+    """Every case, until the limit; what libraries warn of is not shown.
+
+    One that fails is named at the end, and ends the others only where none has a result.
+    """
+    start = time.monotonic()
+    quick = arguments.quick
+    measured: list[suite.Measured] = []
+    failed: dict[str, str] = {}
+    left = list(cases)
     with (
         warnings.catch_warnings(),
         progress("bench", len(cases), Console(stderr=True)) as shown,
     ):
         warnings.simplefilter("ignore")
         top = ceilings.measure(device, quick)
-        for case in cases:
-            one = suite.measure(
-                case, peers, device, top, rounds=rounds, again=not quick, peak_memory=peak_memory
-            )
-            measured.append(one)
-            shown.advance(f"{case}: {one.costs[suite.BASELINE].speedup:.2f} of torch.nn's speed")
-    return top, measured
+        while left and not (len(left) < len(cases) and is_over(arguments.limit, start)):
+            case = left.pop(0)
+            note = "failed"
+            try:
+                one = suite.measure(
+                    case, peers, device, top,
+                    rounds=rounds, again=not quick, peak_memory=peak_memory,
+                )  # fmt: skip
+                measured.append(one)
+                note = f"{one.costs[suite.BASELINE].speedup:.2f} of torch.nn's speed"
+            except KeyboardInterrupt:  # as of whoever set the limit, and has lost patience
+                if arguments.limit is None or not measured:
+                    raise
+                left.insert(0, case)
+                break
+            except Exception as problem:  # of whichever library, compiler or driver
+                if not measured and (not left or is_over(arguments.limit, start)):
+                    raise
+                failed[str(case)] = (
+                    f"{type(problem).__name__}: {str(problem).partition(chr(10))[0]}"
+                )
+            shown.advance(f"{case}: {note}")
+    return _Found(top, measured, failed, left)
 
 
 def _peers(asked: tuple[str, ...] | None, device: torch.device) -> tuple[list[str], dict[str, str]]:

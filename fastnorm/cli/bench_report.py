@@ -101,6 +101,9 @@ def sentences(result: Mapping[str, Any]) -> list[str]:
             key = (f"{name}, {case['operation']}", reason)
             reasons[key] = reasons.get(key, 0) + 1
     said += [f"Left out: {what}, {n} cases: {why}" for (what, why), n in reasons.items()]
+    said += [f"Failed: {case}: {why}" for case, why in result.get("failed", {}).items()]
+    if late := result.get("left_out"):
+        said.append(f"Left out, since the limit was over: {'; '.join(late)}.")
     return said
 
 

@@ -29,6 +29,11 @@ def console() -> Console | None:
     return Console(stderr=True)
 
 
+def is_over(limit: int | None, start: float) -> bool:
+    """Whether as many seconds have passed since `start`, on the monotonic clock; None: never."""
+    return limit is not None and time.monotonic() - start >= limit
+
+
 @contextmanager
 def progress(title: str, total: int, console: Console | None) -> Iterator[Progress]:
     """Shows `total` steps of work under `title` while the block runs; without a console, lines."""

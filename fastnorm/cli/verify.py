@@ -1,8 +1,10 @@
 """`fastnorm verify`: every operation against float64 and torch.nn, on this device and backend."""
 
 import os
+import time
 from argparse import Namespace
 from collections.abc import Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -21,7 +23,7 @@ from fastnorm.cli.arguments import (
 )
 from fastnorm.cli.environment import describe, versions
 from fastnorm.cli.output import default_folder, results_folder
-from fastnorm.cli.progress import console, progress
+from fastnorm.cli.progress import console, is_over, progress
 from fastnorm.verify.cases import cases
 from fastnorm.verify.judge import Finding
 from fastnorm.verify.run import Examined, Summary, examined, left_out, summaries
@@ -53,6 +55,12 @@ def parser() -> Parser:
         otherwise="1; on a GPU up to 8, since kernels are compiled",
         help="processes that share the cases",
     )
+    options.option(
+        "--limit",
+        Whole(1, 86400),
+        otherwise="none",
+        help="seconds after which no further case is begun; the report says how many are left out",
+    )
     options.flag("--quick", help="each dtype, layout, mode, activation and input, but not crossed")
     options.option(
         "--out", Folder(), otherwise="runs/verify-TIME", help="the folder for the results"
@@ -62,6 +70,7 @@ def parser() -> Parser:
 
 def run(arguments: Namespace) -> int:
     """Examines the cases, fills the results folder, and prints the table."""
+    start = time.monotonic()
     device = resolve_device(arguments.device)
     folder = arguments.out or default_folder("verify")
     jobs = arguments.jobs or _jobs(device)
@@ -70,10 +79,16 @@ def run(arguments: Namespace) -> int:
         with results_folder(folder) as staging:
             listed, omitted = left_out(cases(arguments.quick), device)
             found = []
-            with progress("verify", len(listed), console()) as shown:
-                for one in examined(listed, device, backend=arguments.backend, jobs=jobs):
+            examining = examined(listed, device, backend=arguments.backend, jobs=jobs)
+            with progress("verify", len(listed), console()) as shown, closing(examining):
+                for one in examining:
                     found.append(one)
                     shown.advance(f"{one.case.operation} {one.case.words()['dtype']}")
+                    if is_over(arguments.limit, start):
+                        break
+            if left := len(listed) - len(found):
+                late = f"{left} cases left out: the limit of {arguments.limit} s was over"
+                omitted = "; ".join(filter(None, (omitted, late)))
             asked = {name: value for name, value in vars(arguments).items() if name != "out"}
             machine = {**describe(device), "backend": serving}
             _write(staging, asked, machine, found, omitted)

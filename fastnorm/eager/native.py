@@ -169,13 +169,17 @@ def is_huge(input: Tensor) -> bool:
     return input.nbytes >= HUGE and _libc() is not None
 
 
-def output_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
+RMS_IS_LISTED = torch._C._dispatch_has_kernel_for_dispatch_key("aten::rms_norm", "AutocastCUDA")
+"""Whether autocast on CUDA lists RMS norm, which torch 2.11's does not yet."""
+
+
+def output_dtype(input: Tensor, *others: Tensor | None, listed: bool = True) -> torch.dtype:
     """That of layer, RMS and group norm, with a residual: autocast on CUDA lists them for float32.
 
     Nothing is cast for it: what computes in float32 anyway need only store it.
     """
     dtype = input.dtype
-    if input.is_cuda and dtype in WIDER and torch.is_autocast_enabled("cuda"):
+    if listed and input.is_cuda and dtype in WIDER and torch.is_autocast_enabled("cuda"):
         dtype = WIDER[dtype]
     for other in others:
         if other is not None:

@@ -43,7 +43,8 @@ def rms_norm(
     ):
         x = input.to(native.WIDER.get(input.dtype, input.dtype))
         z = _short(x, tuple(range(-len(normalized_shape), 0)), weight, eps)
-        return ACTIVATIONS[activation](z).to(native.output_dtype(input))
+        y_dtype = native.output_dtype(input, listed=native.RMS_IS_LISTED)
+        return ACTIVATIONS[activation](z).to(y_dtype)
     shape = tuple(normalized_shape)
     if input.numel() < SMALL:
         dtype = input.dtype

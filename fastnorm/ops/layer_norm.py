@@ -33,11 +33,12 @@ class LayerNormFunction(torch.autograd.Function):
         center: bool,
     ) -> Tensor | tuple[Tensor, Tensor]:
         size = math.prod(shape)
+        y_dtype = native.output_dtype(x, residual, listed=center or native.RMS_IS_LISTED)
         with on_device_of(x):
             y, total, stats = (library if recorded(x) else kernels).forward(
                 as_rows(x, size),
                 None if residual is None else as_rows(residual, size),
-                weight, bias, eps, activation, center, x.shape, native.output_dtype(x, residual),
+                weight, bias, eps, activation, center, x.shape, y_dtype,
             )  # fmt: skip
         ctx.save_for_backward(
             x if total is None else total,

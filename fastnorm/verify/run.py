@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -50,7 +50,7 @@ class Summary:
 
 def examined(
     cases: Iterable[Case], device: torch.device, *, backend: str = "auto", jobs: int = 1
-) -> Iterator[Examined]:
+) -> Generator[Examined, None, None]:
     """Each case, in order; `jobs` processes share them, since compiling takes most of the time.
 
     A GPU's and the eager path's calls are made a second time, for the bits.
