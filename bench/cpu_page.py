@@ -1,7 +1,7 @@
 """bench/results/cpu.md: torch.nn's own norm layers on a CPU, each against fastnorm's.
 
-Three goals are judged, from one run: no layer slower than 0.97 of torch.nn's speed, beyond noise;
-calls that torch.nn serves in less than 20 µs within 1.3 times its time; and 1.5 times its speed, in
+Three goals are judged, from one run: calls that torch.nn serves in less than 20 µs within 1.3 times
+its time; no other slower than 0.97 of torch.nn's speed, beyond noise; and 1.5 times its speed, in
 the geometric mean, where torch's operator leaves something to gain.
 
 A goal that noise decides is not met by luck: noise is what torch.nn shows against itself, in the
@@ -46,14 +46,20 @@ def run_noise(cases: Sequence[Result]) -> float:
     return statistics.quantiles([case["noise"] for case in cases], n=10)[-1]
 
 
+def is_short(case: Result) -> bool:
+    """Whether what Python does around the operator counts as much as the operator."""
+    return bool(case["costs"][BASELINE]["best_s"] < SHORT)
+
+
 def slower(cases: Sequence[Result]) -> list[Result]:
-    """Those below LEAST by more than noise, of best times and of medians."""
+    """Those below the goal by more than noise, of best times and of medians."""
     common = run_noise(cases)
-    return [case for case in cases if max(ratios(case)) < LEAST - max(case["noise"], common)]
-
-
-def short(cases: Iterable[Result]) -> list[Result]:
-    return [case for case in cases if case["costs"][BASELINE]["best_s"] < SHORT]
+    return [
+        case
+        for case in cases
+        if max(ratios(case))
+        < (1 / MOST_TIMES if is_short(case) else LEAST) - max(case["noise"], common)
+    ]
 
 
 def operators(cases: Iterable[Result]) -> dict[tuple[str, ...], list[Result]]:
@@ -75,23 +81,28 @@ def verdict(result: Result) -> str:
     """The goals, met or missed, in a list."""
     cases = norms(result)
     below = slower(cases)
-    named = "; ".join(f"{_name(case)} {max(ratios(case)):.2f}" for case in below) or "none"
-    calls = short(cases)
-    longest = min(calls, key=lambda case: max(ratios(case)))
+    short, long = ([c for c in cases if is_short(c) is kind] for kind in (True, False))
     found = operators(cases)
     rest = [group for group in found.values() if share(group) < MEMORY_SPEED]
     mean = geometric(geometric(max(ratios(case)) for case in group) for group in rest)
     points = [
-        f"""Slower than {LEAST} of torch.nn's speed, beyond noise: {len(below)} of {len(cases)}
-        cases ({named}). Noise: {run_noise(cases):.1%} in nine of ten cases.""",
-        f"""Calls that torch.nn serves in less than {SHORT * 1e6:.0f} µs: {len(calls)}; the slowest
-        of ours takes {1 / max(ratios(longest)):.2f} times torch.nn's time ({_name(longest)}); the
-        goal is {MOST_TIMES} at most.""",
+        f"""Slower than {LEAST} of torch.nn's speed, beyond noise: {_those(below, long)}. Noise:
+        {run_noise(cases):.1%} in nine of ten cases.""",
+        f"""Of calls that torch.nn serves in less than {SHORT * 1e6:.0f} µs, at more than
+        {MOST_TIMES} times its time, beyond noise: {_those(below, short)}. All of them:
+        {geometric(1 / max(ratios(case)) for case in short):.2f} times, in the geometric mean.""",
         f"""Where torch's operator runs below {MEMORY_SPEED:.0%} of the speed of a copy,
         {len(rest)} of {len(found)} operators, ours is {mean:.2f} times as fast in the geometric
         mean; the goal is {GOAL}.""",
     ]
     return "\n".join(paragraph(point, "- ") for point in points)
+
+
+def _those(below: Sequence[Result], cases: Sequence[Result]) -> str:
+    """How many of the cases are below the goal, and which."""
+    found = [case for case in cases if case in below]
+    named = "; ".join(f"{_name(case)} {max(ratios(case)):.2f}" for case in found)
+    return f"{len(found)} of {len(cases)} cases" + (f" ({named})" if found else "")
 
 
 def _name(case: Result) -> str:

@@ -65,7 +65,7 @@ def together(out: Path, shares: int) -> list[Step]:
         )
         for share in range(shares)
     ]
-    verify = (python, "-m", "fastnorm.cli", "verify", "--quick", "--out", str(out / "verify"))
+    verify = (python, "-m", "fastnorm", "verify", "--quick", "--out", str(out / "verify"))
     return [*steps, Step("verify", verify, TESTS_LIMIT), *_sanitizers(python)]
 
 
@@ -89,7 +89,7 @@ def _sanitizers(python: str) -> list[Step]:
 
 def alone(out: Path) -> list[Step]:
     """The step that needs the GPU to itself."""
-    command = (sys.executable, "-m", "fastnorm.cli", "bench", "--quick", "--out")
+    command = (sys.executable, "-m", "fastnorm", "bench", "--quick", "--out")
     return [Step("bench", (*command, str(out / "bench")), BENCH_LIMIT)]
 
 
@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"argument --out: {out} has files in it")
     out.mkdir(parents=True, exist_ok=True)
     with (out / "doctor.txt").open("w") as log:
-        doctor = (sys.executable, "-m", "fastnorm.cli", "doctor")
+        doctor = (sys.executable, "-m", "fastnorm", "doctor")
         environment = {**os.environ, "PYTHONPATH": _path()}
         subprocess.run(doctor, cwd=ROOT, env=environment, stdout=log, check=False)
     endings = run(together(out, options.shares), out) + run(alone(out), out)

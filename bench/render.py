@@ -31,6 +31,11 @@ def benchmarks() -> dict[Path, dict[str, Any]]:
     return dict(sorted(found.items(), key=lambda item: item[1]["machine"]["device"] == "cpu"))
 
 
+def is_cpu_page(result: dict[str, Any]) -> bool:
+    """Whether bench/results/cpu.md is about this run: the one of every layer on a CPU."""
+    return bool(result["machine"]["device"] == "cpu" and not result["arguments"]["quick"])
+
+
 def machine(result: dict[str, Any]) -> str:
     """Device, date, threads and versions, in a sentence."""
     versions = ", ".join(
@@ -58,7 +63,7 @@ def device(folder: Path, result: dict[str, Any]) -> list[str]:
     place = folder.relative_to(ROOT)
     copies = f"{result['ceilings']['memory_bytes_per_s'] / 1e9:.1f} GB/s"
     return [
-        f"### {result['machine']['name']}",
+        f"### {result['machine']['name']}{', quick' * bool(result['arguments']['quick'])}",
         paragraph(f"""{machine(result)} Copies run at {copies} here. Speed of fastnorm over each
             library's: geometric means over shapes, layouts and dtypes; their calls take turns in
             one process, over buffers larger than the cache. Peers absent:
@@ -133,7 +138,7 @@ def block() -> str:
         )
     for folder, result in found.items():
         parts += device(folder, result)
-        if result["machine"]["device"] == "cpu":
+        if is_cpu_page(result):
             page = "[bench/results/cpu.md](bench/results/cpu.md)"
             parts += [f"torch.nn's own layers, one by one, in {page}:", cpu_page.verdict(result)]
     return "\n\n".join([*parts, *traffic(), *codegen(), END])
@@ -150,7 +155,7 @@ def pages() -> dict[Path, str]:
     """Every file that is made here, as it should be."""
     made = {ROOT / "README.md": readme()}
     for result in benchmarks().values():
-        if result["machine"]["device"] == "cpu":
+        if is_cpu_page(result):
             made[RESULTS / "cpu.md"] = cpu_page.page(result, machine(result))
     return made
 

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from fastnorm.kernels.device.channels import (
+    STAGES,
     channels_of,
     load_affine,
     load_stats,
@@ -116,8 +117,9 @@ def batch_norm_fwd_kernel(
     pid = tl.program_id(0)
     c, cmask = channels_of(pid, C, BLOCK_C)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
-    )
+        x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C,
+        FOLD, ALIGN, COLUMNS,
+    )  # fmt: skip
     rstd = finalize(
         mean, rest, std, count, eps, c, cmask, C,
         stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
@@ -142,8 +144,9 @@ def batch_norm_fwd_moments_kernel(
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
-    )
+        x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C,
+        FOLD, ALIGN, COLUMNS, 1 if COLUMNS else STAGES,
+    )  # fmt: skip
     at = p.to(tl.int64) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
     tl.store(partial_ptr + P * C + at, rest, mask=cmask)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastnorm.kernels.batch_norm_fwd import moving_average
 from fastnorm.kernels.device.channels import (
+    STAGES,
     channels_of,
     load_affine,
     load_stats,
@@ -63,8 +64,9 @@ def group_norm_fwd_kernel(
     mask = cmask & (n < N)
     at = positions_of_lanes(n, c, C, S, COLUMNS)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, COLUMNS
-    )
+        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C,
+        FOLD, ALIGN, COLUMNS,
+    )  # fmt: skip
     mean, rest, std = moments_of_groups(mean, rest, std, K, BLOCK_K)
     speaks = mask & (tl.arange(0, BLOCK_N * BLOCK_C) % BLOCK_K == 0)
     rstd = save_statistics(mean, rest, std, eps, n * G + g, speaks, N * G, stats_ptr, std_ptr)
@@ -89,8 +91,9 @@ def group_norm_fwd_moments_kernel(
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     c, cmask = channels_of(block, C, BLOCK_C)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C, FOLD, COLUMNS
-    )
+        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C,
+        FOLD, ALIGN, COLUMNS, 1 if COLUMNS else STAGES,
+    )  # fmt: skip
     at = (p * N + n) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
     tl.store(partial_ptr + P * N * C + at, rest, mask=cmask)

@@ -14,6 +14,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 LAYERS = [  # top to bottom; a file may import only from its own layer and those below
+    "fastnorm.__main__",
     "fastnorm.cli",
     "fastnorm.verify",
     "fastnorm.bench",

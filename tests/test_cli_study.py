@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-import fastnorm
 from fastnorm.cli import main, study
 from fastnorm.cli.progress import progress
 from fastnorm.cli.studies import STUDIES, batch_size, init, normalization, residual, train_eval
@@ -199,8 +198,19 @@ def test_the_test_set_teaches_nothing(norm, settings):
     assert isinstance(norms[0], type(NORMS[norm](16)))
 
 
-def test_batch_norm_is_ours():
-    assert isinstance(NORMS["batch"](4), fastnorm.BatchNorm2d)
+@pytest.mark.parametrize("norm", sorted(set(NORMS) - {"none"}))
+def test_norms_are_ours_and_compute_what_torch_s_do(norm):
+    ours = NORMS[norm](4)
+    theirs = {
+        "batch": nn.BatchNorm2d(4),
+        "layer": nn.GroupNorm(1, 4),
+        "group": nn.GroupNorm(4, 4),
+        "instance": nn.InstanceNorm2d(4, affine=True),
+    }[norm]
+    assert type(ours).__module__.startswith("fastnorm.")
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    x = torch.randn(8, 4, 5, 5)
+    torch.testing.assert_close(ours(x), theirs(x))
 
 
 def test_means_over_seeds():

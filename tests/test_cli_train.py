@@ -129,7 +129,8 @@ def test_report_needs_no_other_file(finished):
     text = re.sub(r'"data:image/png;base64,[^"]*"', "", page)  # in which any word may occur
     assert not re.search(r"https?:|href|<script|@import|url\(", text)
     assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG\r\n")
-    for text in ("test accuracy", "time per step", "peak memory", torch.__version__):
+    version = torch.__version__.split("+")[0]  # a package need not say for which device it is
+    for text in ("test accuracy", "time per step", "peak memory", version):
         assert text in page
 
 
@@ -519,7 +520,7 @@ def test_a_signal_leaves_nothing(number, status, tmp_path, monkeypatch, capsys):
 
 
 def test_ctrl_c_in_a_process_of_its_own(tmp_path):
-    arguments = "-m fastnorm.cli train --model mlp --epochs 100000"
+    arguments = "-m fastnorm train --model mlp --epochs 100000"
     process = subprocess.Popen(
         [sys.executable, *arguments.split()],
         cwd=tmp_path,

@@ -17,10 +17,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def torchrun(folder, *options):
-    """(status, stdout, stderr) of `torchrun --nproc-per-node 2 -m fastnorm.cli train`."""
+    """(status, stdout, stderr) of `torchrun --nproc-per-node 2 -m fastnorm train`."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-        "-m", "fastnorm.cli", "train", "--device", "cpu", *options, "--out", str(folder),
+        "-m", "fastnorm", "train", "--device", "cpu", *options, "--out", str(folder),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300)
     return done.returncode, done.stdout, done.stderr

@@ -11,8 +11,9 @@ from torch import nn
 import fastnorm
 from fastnorm import init, signals
 from fastnorm.cli.models import FASTNORM, MODELS
-from fastnorm.signals import moments, recording, watch, weights
-from fastnorm.signals.moments import First, Moments, spread
+from fastnorm.signals import moments, recording
+from fastnorm.signals.moments import First, Moments
+from fastnorm.signals.samples import spread, units_axis
 from fastnorm.signals.weights import alike
 
 
@@ -103,7 +104,7 @@ def test_moments_far_from_zero_are_exact():
     parts = [1e8 + torch.randn(50, 2, dtype=torch.float64) for _ in range(3)]
     found = Moments()
     for part in parts:
-        found.add(part)
+        found.add(part, (), torch.empty_like(part))
     numbers = found.numbers([float(value) for value in found.parts])
     want = torch.cat(parts)
     assert numbers["mean"] == pytest.approx(want.mean().item(), rel=1e-14)
@@ -114,7 +115,7 @@ def test_moments_far_from_zero_are_exact():
 @pytest.mark.parametrize("last", [False, True])
 def test_a_sample_is_small_and_has_all_units(shape, last):
     x = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
-    axis = moments.units_axis(x, last)
+    axis = units_axis(x, last)
     picked = spread(x, axis, 500)
     assert picked.shape[1] == shape[axis]
     assert picked.numel() <= max(600, shape[axis])
@@ -643,10 +644,9 @@ def test_nothing_seen_is_shown_too(tmp_path):
 def test_one_transfer_for_all(monkeypatch):
     """No number leaves a device other than the CPU before the end."""
     calls = []
-    for module in (moments, recording, watch, weights):
-        monkeypatch.setattr(module, "number", lambda value: value)
-    kept = recording._to_cpu
-    monkeypatch.setattr(recording, "_to_cpu", lambda tensors: calls.append(1) or kept(tensors))
+    monkeypatch.setattr(moments, "keeps_floats", lambda tensor: False)
+    kept = recording.to_cpu
+    monkeypatch.setattr(recording, "to_cpu", lambda tensors: calls.append(1) or kept(tensors))
     refused = ("item", "tolist", "cpu", "__float__", "__bool__", "__int__")
     model = MODELS["resnet"].build(FASTNORM, torch.Size([1, 8, 8]), 10)
     x = torch.randn(16, 1, 8, 8)

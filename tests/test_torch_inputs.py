@@ -16,6 +16,8 @@ from twins import randomize
 import fastnorm
 import fastnorm.functional as FF
 
+pytest.importorskip("expecttest", reason="torch.testing._internal imports it")
+
 FUNCTIONS = ("batch_norm", "instance_norm", "group_norm", "layer_norm", "rms_norm")
 MODULES = (
     "BatchNorm1d",

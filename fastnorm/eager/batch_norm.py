@@ -199,7 +199,9 @@ def _can_move(input: Tensor, *buffers: Tensor) -> bool:
     """Whether torch's operator can move the buffers, or copies of them that lose nothing."""
     dtype = native.WIDER.get(input.dtype, input.dtype)
     return all(_serves(t, dtype) for t in buffers) or (
-        all(t.dtype in native.WIDER for t in buffers) and not native.observed(input)
+        all(t.dtype in native.WIDER for t in buffers)
+        and not torch.compiler.is_compiling()
+        and not native.observed(input)
     )
 
 

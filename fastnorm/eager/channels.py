@@ -33,7 +33,8 @@ def gradients(
 ) -> tuple[Tensor | None, ...]:
     """dx, dγ, dβ and dr: by `direct(ctx, dy)`, or by differentiable operators where need be.
 
-    Those differentiate `normalize(ctx, input, weight, mean, rstd)`: all that precedes the shift.
+    Those differentiate `normalize(ctx, input, weight, mean, rstd)`: all but the shift and what
+    comes after it.
     """
     if dy is None:  # nothing depends on the output
         return (None,) * 4

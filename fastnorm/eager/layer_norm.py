@@ -22,32 +22,38 @@ def layer_norm(
     activation: str,
 ) -> Tensor:
     """`act(layer_norm(input))` of arguments that `functional.layer_norm` has checked."""
-    dtype = input.dtype
+    dtype = y_dtype = input.dtype
     if (weight is not None and weight.dtype is not dtype) or (
         bias is not None and bias.dtype is not dtype
     ):
-        weight, bias = _served(weight, bias, dtype)
+        y_dtype = native.output_dtype(input)
+        input, weight, bias = _served(input, weight, bias)
     if native.transformed():
         z = formulas.layer_norm(input, len(normalized_shape), weight, bias, eps)
     else:
         z = torch.layer_norm(input, tuple(normalized_shape), weight, bias, eps, False)
-    return z if activation == "identity" else ACTIVATIONS[activation](z)
+    if activation != "identity":
+        z = ACTIVATIONS[activation](z)
+    return z if input.dtype is dtype else z.to(y_dtype)
 
 
 def _served(
-    weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor | None, Tensor | None]:
-    """Parameters of dtypes that torch's CPU operator takes with an input of `dtype`.
+    input: Tensor, weight: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The arguments in dtypes that torch's operator takes together.
 
-    That is the input's own, or, with a weight, the float32 of a 16-bit one.
+    That is one for all; on a CPU, with a weight, also parameters in the float32 of a 16-bit input.
     """
-    wider = native.WIDER.get(dtype, dtype)
-    if weight is not None and weight.dtype is wider and (bias is None or bias.dtype is wider):
-        return weight, bias
+    wider = native.WIDER.get(input.dtype, input.dtype)
+    if input.is_cpu:
+        if weight is not None and weight.dtype is wider and (bias is None or bias.dtype is wider):
+            return input, weight, bias
+    else:
+        input = input.to(wider)
     weight, bias = (None if t is None else t.to(wider) for t in (weight, bias))
     if weight is None and bias is not None:
         weight = torch.ones_like(bias)
-    return weight, bias
+    return input, weight, bias
 
 
 def add_layer_norm(

@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 aten = torch.ops.aten
-# of torch.func's transforms; Dynamo can guard it
-_transforms = torch._C._functorch.get_dynamic_layer_stack_depth
+# of torch.func's innermost transform; Dynamo guards it
+_interpreter = torch._C._functorch.peek_interpreter_stack
+_Interpreter = torch._C._functorch.CInterpreter
 
 HUGE = 1 << 25
 """Bytes from which glibc maps each tensor anew: its largest mmap threshold."""
@@ -184,7 +185,10 @@ def output_dtype(input: Tensor, *others: Tensor | None) -> torch.dtype:
 
 def transformed() -> bool:
     """Whether this runs inside a transform of torch.func or forward-mode AD."""
-    return _transforms() > 0 or forward_ad._current_level >= 0
+    transform = _interpreter()
+    if transform is not None and isinstance(transform, _Interpreter):  # to Dynamo none is not None
+        return True
+    return forward_ad._current_level >= 0
 
 
 def is_differentiated(dy: Tensor) -> bool:

@@ -93,11 +93,7 @@ def _of_one_dtype(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The operands of a product, which asks for one dtype: input's, or autocast's."""
     dtype, kind = input.dtype, input.device.type
-    if (
-        dtype is not torch.float64
-        and torch.amp.is_autocast_available(kind)
-        and torch.is_autocast_enabled(kind)
-    ):
+    if dtype is not torch.float64 and _casts(kind):
         dtype = torch.get_autocast_dtype(kind)
         input = input.to(dtype)
     if weight.dtype is not dtype:
@@ -105,6 +101,13 @@ def _of_one_dtype(
     if bias is not None and bias.dtype is not dtype:
         bias = bias.to(dtype)
     return input, weight, bias
+
+
+def _casts(kind: str) -> bool:
+    """Whether autocast is on for such a device; not every one has it."""
+    if torch.compiler.is_dynamo_compiling():  # before torch 2.12 it cannot ask for that
+        return kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 _CONVOLUTIONS = {3: F.conv1d, 4: F.conv2d, 5: F.conv3d}

@@ -10,41 +10,20 @@ Number: TypeAlias = Tensor | float
 """A tensor of no dimensions, on a device; on a CPU a float."""
 MANY = 256
 """Results of single calls that are kept before they are merged."""
+EXACT = 1e-15
+"""Norms above this are sums of squares that float32 holds in full: of elements above 1e-19."""
 
 
-def units_axis(tensor: Tensor, last: bool) -> int:
-    """The axis of units (channels, features): the last, or 1 as in convolutions."""
-    return tensor.dim() - 1 if last or tensor.dim() < 2 else 1
-
-
-def spread(tensor: Tensor, axis: int, count: int) -> Tensor:
-    """About `count` elements, evenly spread over all axes but `axis`: (values, units) in float64.
-
-    Float64 because squares of what a float32 holds overflow in float32; MPS has none.
-    """
-    tensor = tensor.detach()
-    if tensor.dim() == 0:
-        tensor = tensor.reshape(1, 1)
-    excess = tensor.numel() / count
-    # positions before samples, the innermost axis last: its elements share cache lines
-    axes = [a for a in (*range(tensor.dim() - 2, -1, -1), tensor.dim() - 1) if a != axis]
-    for a in axes:
-        if excess <= 1:
-            break
-        size = tensor.shape[a]
-        most = size if a == axes[-1] else max(1, size // 4)
-        step = min(math.ceil(excess), most)
-        start = step // 2  # borders are rarely like the rest
-        tensor = tensor[(slice(None),) * a + (slice(start, None, step),)]
-        excess *= tensor.shape[a] / size
-    wide = torch.float32 if tensor.device.type == "mps" else torch.float64
-    return tensor.movedim(axis, -1).reshape(-1, tensor.shape[axis]).to(wide)
+def keeps_floats(tensor: Tensor) -> bool:
+    """Whether floats are kept of `tensor`, not tensors: on a CPU, where small tensors among the
+    large ones that a model frees and allocates would scatter its memory (6 % of a ResNet-18's
+    step)."""
+    return tensor.is_cpu
 
 
 def number(value: Tensor) -> Number:
-    """What is kept of a call. On a CPU a float: small tensors among the large ones that a model
-    frees and allocates would scatter its memory, and cost 6 % of a ResNet-18's step."""
-    return value.item() if value.is_cpu else value
+    """What is kept of a result of no dimensions."""
+    return value.item() if keeps_floats(value) else value
 
 
 class First:
@@ -100,14 +79,14 @@ class Moments:
         self.parts: list[Number] = []  # mean, Σ(x − mean)², not zero, saturated
         self.failed = First()
 
-    def add(self, sample: Tensor, bounds: tuple[float, ...] = ()) -> None:
-        """One call's sample."""
+    def add(self, sample: Tensor, bounds: tuple[float, ...], scratch: Tensor) -> None:
+        """One call's sample; `scratch` is room for another."""
         count = sample.numel()
         self.calls += 1
         if count == 0:
             return
         average = sample.mean()
-        spread = torch.linalg.vector_norm(sample - average)
+        spread = torch.linalg.vector_norm(torch.sub(sample, average, out=scratch))
         found = [number(t) for t in (average, spread, torch.count_nonzero(sample))]
         found.append(number(_saturated(sample, bounds)) if bounds else found[2])
         mean, deviation, nonzero, saturated = found
@@ -144,8 +123,7 @@ class Norms:
         self.failed = First()
 
     def add(self, tensor: Tensor, event: int) -> None:
-        norm = vector_norm(tensor)
-        kept = number(norm if norm.device.type == "mps" else norm.double())
+        kept = norm(tensor)
         self.failed.add(kept, event)
         self.calls += 1
         self.squares = self.squares + kept * kept
@@ -161,19 +139,29 @@ class Norms:
         return math.sqrt(values[0] / self.calls) if values[0] >= 0 else math.nan
 
 
-def vector_norm(tensor: Tensor) -> Tensor:
-    """√Σx², in float32 at least; not finite where an element is not, or above 1e19."""
+def norm(tensor: Tensor) -> Number:
+    """√Σ|x|², summed in float32 at least; not finite where an element is not.
+
+    On a CPU also where squares leave float32's range; elsewhere above 1e19 it is infinite.
+    """
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    flat = _flat(tensor) if tensor.is_cpu and tensor.dtype is wide else None
-    if flat is not None:  # half the time
-        return torch.dot(flat, flat).sqrt_()
-    norm: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
-    return norm
+    if not keeps_floats(tensor):
+        found: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+        return found if tensor.device.type == "mps" else found.double()
+    whole = flat(tensor) if tensor.dtype is wide else None
+    if whole is None:
+        result = float(torch.linalg.vector_norm(tensor, dtype=wide))
+    else:  # half the time
+        result = math.sqrt(torch.dot(whole, whole).item())
+    if EXACT < result < math.inf or math.isnan(result):
+        return result
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
-def _flat(tensor: Tensor) -> Tensor | None:
+def flat(tensor: Tensor) -> Tensor | None:
     """All elements in the order of memory, where they are dense in it."""
-    tensor = tensor.detach()
     if tensor.is_contiguous():
         return tensor.view(-1)
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(tensor.dim())

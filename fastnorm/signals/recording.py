@@ -1,7 +1,9 @@
 """record: hooks on every layer of a model, there while a block runs."""
 
 import math
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -15,9 +17,10 @@ from torch.utils.hooks import RemovableHandle
 from fastnorm.signals import shown
 from fastnorm.signals.findings import Finding, find
 from fastnorm.signals.layers import LayerSignal
-from fastnorm.signals.moments import First, Number, number
-from fastnorm.signals.watch import Watch, activation_of
-from fastnorm.signals.weights import Weight
+from fastnorm.signals.moments import First, number
+from fastnorm.signals.samples import Samples
+from fastnorm.signals.tensors import inside, is_plain, to_cpu
+from fastnorm.signals.watch import Watch, activation_of, is_watched, total, units_last
 from fastnorm.structure import activations, layers
 
 SAMPLE = 2**13
@@ -78,18 +81,24 @@ class Signals:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, but got {kind}")
         if sample < 1:
             raise ValueError(f"sample must be 1 or more, but got {sample}")
+        model = model._modules.get("_orig_mod") or model  # what torch.compile has wrapped
         self.model, self.optimizer, self.sample = model, optimizer, sample
         self.layers: list[LayerSignal] = []
         """In the order in which they were first called; filled at the end of the block."""
         self.input_failed = math.inf
         self._watches: dict[str, Watch] = {}
         self._handles: list[RemovableHandle] = []
-        self._functions: _Functions | None = None
-        self._sampled: tuple[Tensor | None, Tensor | None] = None, None
+        self._around = ExitStack()
+        self._samples = Samples(sample)
+        self._output: Tensor | None = None  # the last one, and what is known of it
+        self._known: tuple[int, Tensor, int] | None = None
         self._event = 0
         self._inputs = First()
-        self._inside = 0  # calls of layers that are running: their own functions are not seen
-        self._last = ""  # the layer called last, and whether its units are on the last axis
+        self._depth = 0  # calls of the model that are running
+        self._running: list[Watch] = []  # layers that are running: their own functions are not seen
+        self._last: str | None = (
+            None  # the layer called last; whether its units are on the last axis
+        )
         self._units_last = False
 
     def findings(self) -> list[Finding]:
@@ -112,19 +121,17 @@ class Signals:
     def __enter__(self) -> "Signals":
         if self._handles:
             raise RuntimeError("this recording runs already; call record() again for another")
-        self._watches, self.layers, self._last = {}, [], ""
+        self._watches, self.layers, self._last = {}, [], None
         self._inputs, self.input_failed = First(), math.inf
-        self._handles.append(
-            self.model.register_forward_pre_hook(self._see_input, with_kwargs=True)
-        )
+        self._attach_model()
         for name, module in self.model.named_modules():
-            if _is_watched(module):
+            if is_watched(module):
                 self._attach(Watch(name, module, activation_of(module)), module)
         if self.optimizer is not None:
             self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
-        self._functions = _Functions(self)
-        self._functions.__enter__()  # type: ignore[no-untyped-call]
+        self._around.enter_context(_module_by_module(self.model))
+        self._around.enter_context(_Functions(self))
         return self
 
     def __exit__(
@@ -133,89 +140,123 @@ class Signals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._functions is not None:
-            self._functions.__exit__(kind, error, traceback)  # type: ignore[no-untyped-call]
+        self._around.close()
         for handle in self._handles:
             handle.remove()
-        self._handles, self._functions, self._inside = [], None, 0
+        self._handles, self._running, self._depth = [], [], 0
         self.layers = self._collect()
-        self._watches, self._sampled = {}, (None, None)
+        self._watches, self._output, self._known = {}, None, None
+        self._samples = Samples(self.sample)
 
     def _attach(self, watch: Watch, module: nn.Module) -> None:
-        def enter(module: nn.Module, args: Any) -> None:
-            self._inside += 1
+        def enter(called: nn.Module, args: Any) -> None:
+            if called is module:  # not a copy, which has this hook too
+                self._running.append(watch)
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._inside -= 1
-            self._see(watch, module, args, output)
+        def leave(called: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            if called is module and self._handles:
+                if watch in self._running:  # else another hook refused the call
+                    del self._running[self._running.index(watch) :]
+                input = args[0] if args else kwargs.get("input")
+                self._see(watch, module, input, output)
 
-        # always_call: the count of running layers must be right after an exception
-        handles = [module.register_forward_hook(leave, always_call=True)]
+        # always_call: what is running must be known after an exception
+        handles = [module.register_forward_hook(leave, with_kwargs=True, always_call=True)]
         handles.append(module.register_forward_pre_hook(enter))
-        if watch.weight is not None and watch.weight.parameter.requires_grad:
-            parameter: Any = watch.weight.parameter
-            handles.append(
-                parameter.register_post_accumulate_grad_hook(self._weight_hook(watch.weight))
-            )
         self._handles += handles
+        self._attach_weight(watch)
 
-    def _see(self, watch: Watch, module: nn.Module | None, args: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) and output else output
-        if not (isinstance(tensor, Tensor) and tensor.is_floating_point()):
+    def _attach_weight(self, watch: Watch) -> None:
+        weight = watch.weight
+        if weight is None or weight.attached or weight.lazy or not weight.parameter.requires_grad:
             return
+
+        def seen(parameter: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                weight.after_backward(parameter)
+
+        weight.attached = True
+        parameter: Any = weight.parameter
+        self._handles.append(parameter.register_post_accumulate_grad_hook(seen))
+
+    def _see(self, watch: Watch, module: nn.Module | None, input: Any, output: Any) -> None:
+        tensor = output[0] if isinstance(output, tuple) and output else output
         with torch._C.DisableTorchFunction():  # our own sums are no part of the model
-            self._measure(watch, module, args, tensor)
+            if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and is_plain(tensor)):
+                return
+            if module is not None:
+                self._last = watch.name
+                if isinstance(module, (*layers.LAYERS, *layers.NORMS, *layers.FUSED)):
+                    self._units_last = units_last(module)
+            # within a backward pass a checkpoint is computed again: seen already
+            if torch._C._current_graph_task_id() < 0:
+                self._measure(watch, input, tensor)
+            self._output = tensor
             if tensor.requires_grad and torch.is_grad_enabled():
                 tensor.register_hook(  # type: ignore[no-untyped-call]
                     lambda gradient: self._see_gradient(watch, gradient)
                 )
 
-    def _measure(self, watch: Watch, module: nn.Module | None, args: Any, tensor: Tensor) -> None:
-        self._watches.setdefault(watch.name, watch)
+    def _measure(self, watch: Watch, input: Any, tensor: Tensor) -> None:
+        if watch.name not in self._watches:
+            self._watches[watch.name] = watch
+            self._attach_weight(watch)
         self._event += 1
-        if module is not None:
-            self._last = watch.name
-            if isinstance(module, (*layers.LAYERS, *layers.NORMS, *layers.FUSED)):
-                self._units_last = units_last(module)
-        picked = watch.forward(tensor, self._event, self._units_last, self.sample)
-        if watch.batch_norm is not None:
-            input = tensor if watch.batch_norm.fused else args[0]
-            known = self._sampled[1] if self._sampled[0] is input else None
-            watch.batch_norm.see(input, known, self.sample)
+        output, version = tensor.detach(), -1 if tensor.is_inference() else tensor._version
+        gap = watch.batch_norm
+        if gap is not None and (gap.fused or isinstance(input, Tensor)):
+            gap.see(output if gap.fused else input.detach(), self._sample_of(input), self._samples)
+        picked = watch.forward(output, self._event, self._units_last, self._samples)
         # a convolution's output is the input of the norm after it
-        self._sampled = tensor, None if self._units_last and tensor.dim() > 2 else picked
+        channels = version >= 0 and not (self._units_last and tensor.dim() > 2)
+        self._known = (version, picked, self._samples.turn) if channels else None
+
+    def _sample_of(self, input: Any) -> Tensor | None:
+        """The sample of the last output, where `input` is that, and nothing wrote to either."""
+        output = self._output
+        if self._known is None or output is None or input is not output:
+            return None
+        version, picked, turn = self._known
+        return picked if output._version == version and turn == self._samples.turn else None
 
     def _see_gradient(self, watch: Watch, gradient: Tensor) -> None:
         if self._handles:  # a backward pass after the block is not recorded
-            self._event += 1
             with torch._C.DisableTorchFunction():
-                watch.backward(gradient, self._event)
+                if is_plain(gradient):
+                    self._event += 1
+                    watch.backward(gradient, self._event)
 
-    def _see_input(self, module: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+    def _attach_model(self) -> None:
+        # closures: with methods a copy of the model would hold a copy of the recording
+        def enter(called: nn.Module, args: Any, kwargs: Any) -> None:
+            if called is self.model:
+                self._depth += 1
+                if torch._C._current_graph_task_id() < 0:
+                    self._see_input((args, kwargs))
+
+        def leave(called: nn.Module, args: Any, output: Any) -> None:
+            if called is self.model:
+                self._depth = max(0, self._depth - 1)
+
+        # the last of the model's hooks before, the first after: it is inside that functions are its
+        self._handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(leave, always_call=True))
+
+    def _see_input(self, arguments: Any) -> None:
         self._event += 1
-        found = [
-            value
-            for value in (*args, *kwargs.values())
-            if isinstance(value, Tensor) and value.is_floating_point()
-        ]
-        for value in found:
-            wide = torch.promote_types(value.dtype, torch.float32)
-            self._inputs.add(number(value.detach().sum(dtype=wide)), self._event)
+        with torch._C.DisableTorchFunction():
+            for value in inside(arguments):
+                if value.is_floating_point() and is_plain(value):
+                    self._inputs.add(number(total(value.detach())), self._event)
 
-    def _see_function(self, name: str, slope: Any, output: Any) -> None:
-        if self._inside:
+    def _see_function(self, name: str, slope: Any, input: Any, output: Any) -> None:
+        """Of the model's own forward, or of the last output: other models are not recorded."""
+        if self._running or not (self._depth or input is self._output):
             return
         activation = activations.of_function(name, slope)
-        key = f"{self._last or 'input'} → {activation}"
-        watch = self._watches.get(key) or Watch(key, None, activation)
-        self._see(watch, None, (), output)
-
-    def _weight_hook(self, weight: Weight) -> Callable[[Tensor], None]:
-        def seen(parameter: Tensor) -> None:
-            with torch._C.DisableTorchFunction():
-                weight.after_backward(parameter)
-
-        return seen
+        last = "input" if self._last is None else self._last or "(model)"
+        key = f"{last} → {activation}"
+        self._see(self._watches.get(key) or Watch(key, None, activation), None, None, output)
 
     def _before_step(self, *_: Any) -> None:
         for watch in self._watches.values():
@@ -230,10 +271,11 @@ class Signals:
     @torch.no_grad()
     def _collect(self) -> list[LayerSignal]:
         """Every layer's numbers, by one transfer from each device."""
+        self._samples.finish()
         found = [(watch, watch.parts()) for watch in self._watches.values()]
         tensors = [tensor for _, groups in found for group in groups for tensor in group]
         inputs = self._inputs.parts
-        values = iter(_to_cpu([*inputs, *tensors]))
+        values = iter(to_cpu([*inputs, *tensors]))
         self.input_failed = self._inputs.number([float(next(values)) for _ in inputs])
         return [
             watch.signal([[next(values) for _ in group] for group in groups])
@@ -256,41 +298,20 @@ class _Functions(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name.rstrip("_") in activations.NAMES:
             slope = kwargs.get("negative_slope", args[1] if len(args) > 1 else None)
-            self.signals._see_function(name, slope, output)
+            self.signals._see_function(name, slope, args[0] if args else None, output)
         return output
 
 
-def units_last(module: nn.Module) -> bool:
-    """Whether a layer's units are on the last axis; in convolutions and channel norms on axis 1."""
-    channels = (nn.modules.batchnorm._NormBase, nn.GroupNorm, *layers.CONVOLUTIONS)
-    parts = layers.fused_parts(module)
-    return parts == ("linear", "norm") or (parts is None and not isinstance(module, channels))
-
-
-def _is_watched(module: nn.Module) -> bool:
-    if isinstance(module, (*layers.LAYERS, *layers.NORMS, *layers.FUSED)):
-        return True
-    passing = (*layers.VIEWS, *layers.DROPOUTS, *layers.POOLS)
-    return activations.of_module(module) is not None and not isinstance(module, passing)
-
-
-def _to_cpu(found: list[Number]) -> list[Number]:
-    """The same on the CPU, tensors in float64, those of one device in one transfer.
-
-    Those of 0 dimensions are stacked by dtype first: most of them are, and there are hundreds.
-    """
-    result = list(found)
-    tensors = {index: t for index, t in enumerate(found) if isinstance(t, Tensor)}
-    groups: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
-    for index, tensor in tensors.items():
-        groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(index)
-    for device in {device for device, _, _ in groups}:
-        mine = [indices for key, indices in groups.items() if key[0] == device]
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        stacks = [torch.stack([tensors[index] for index in indices]) for indices in mine]
-        flat = torch.cat([stack.flatten().to(wide) for stack in stacks]).cpu().double()
-        parts = torch.split(flat, [stack.numel() for stack in stacks])
-        for indices, part, stack in zip(mine, parts, stacks, strict=True):
-            for index, value in zip(indices, part.reshape(stack.shape).unbind(), strict=True):
-                result[index] = value
-    return result
+@contextmanager
+def _module_by_module(model: nn.Module) -> Iterator[None]:
+    """Has every module called, so that its hooks are: nothing compiled, nothing fused by torch."""
+    with ExitStack() as stack:
+        if "torch._dynamo" in sys.modules:  # else nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        if any(
+            isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder)) for m in model.modules()
+        ):
+            mha = torch.backends.mha
+            stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
+            mha.set_fastpath_enabled(False)
+        yield

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from fastnorm.signals.layers import LayerSignal
-from fastnorm.signals.moments import Moments, Norms, Number, number, spread, units_axis
+from fastnorm.signals.moments import Moments, Norms, Number, number
+from fastnorm.signals.samples import Samples, units_axis
 from fastnorm.signals.weights import Weight, alike
 from fastnorm.structure import activations, layers
 from fastnorm.structure.activations import Activation
@@ -41,15 +42,14 @@ class Watch:
         if isinstance(module, (*layers.BATCH_NORMS, *layers.FUSED)):
             self.batch_norm = BatchNormGap(module)
 
-    def forward(self, output: Tensor, event: int, last: bool, sample: int) -> Tensor:
-        """See a call's output; the sample of it, (values, units)."""
+    def forward(self, output: Tensor, event: int, last: bool, samples: Samples) -> Tensor:
+        """See a call's output, detached; the sample of it, (values, units)."""
         axis = units_axis(output, last)
-        detached = output.detach()
-        picked = spread(detached, axis, sample)
-        self.output.add(picked, self.bounds)
-        self.output.failed.add(number(_total(detached)), event)
+        picked = samples.take(output, axis)
+        samples.later(lambda: self.output.add(picked, self.bounds, samples.scratch(picked)))
+        self.output.failed.add(number(total(output)), event)
         if self.dying and output.dim() > 1 and output.numel():
-            peak = _peak(detached, axis)
+            peak = _peak(output, axis)
             same = self.peak is not None and self.peak.shape == peak.shape
             self.peak = torch.maximum(self.peak, peak) if same and self.peak is not None else peak
             self.values += output.numel() // output.shape[axis]
@@ -67,7 +67,7 @@ class Watch:
             self.gradient.parts,
             self.gradient.failed.parts,
             [(self.peak <= 0).sum()] if self.peak is not None else [],
-            [] if weight is None else [weight.norm()],
+            [] if weight is None else weight.norm(),
             [] if weight is None or weight.gradient_norm is None else [weight.gradient_norm],
             [] if weight is None or weight.ratio is None else [weight.ratio],
             [] if self.batch_norm is None else self.batch_norm.gaps,
@@ -116,9 +116,9 @@ class BatchNormGap:
         self.samples: int | None = None
         self.values = self.batch = 0
         self.gaps: list[Number] = []
+        self._picked: Tensor | None = None  # a sample of the last batch, until it is settled
 
-    @torch.no_grad()
-    def see(self, input: Tensor, picked: Tensor | None, sample: int) -> None:
+    def see(self, input: Tensor, picked: Tensor | None, samples: Samples) -> None:
         """A call of the norm; of a fused layer, its output stands for the norm's input.
 
         `picked` is a sample of the input, where there is one already.
@@ -131,20 +131,27 @@ class BatchNormGap:
         if self.norm.training:
             self.samples = batch if self.samples is None else min(self.samples, batch)
             self.values = values if not self.values else min(self.values, values)
-        mean, var = self.norm.running_mean, self.norm.running_var
-        if self.fused or mean is None or var is None or values < 2:
+        if self.fused or self.norm.running_mean is None or values < 2:
             return
-        if picked is None:
-            picked = spread(input, axis, sample)
+        self._picked = samples.take(input, axis) if picked is None else picked
+        self.batch = min(batch, len(self._picked))
+        samples.later(lambda: self._settle(samples))
+
+    @torch.no_grad()
+    def _settle(self, samples: Samples) -> None:
+        picked, self._picked = self._picked, None
+        mean, var = self.norm.running_mean, self.norm.running_var
+        if picked is None or mean is None or var is None:
+            return
         batch_mean = picked.mean(0)
-        batch_var = (picked - batch_mean).square().mean(0)
+        centred = torch.sub(picked, batch_mean, out=samples.scratch(picked))
+        batch_var = centred.square_().mean(0)
         running = var.to(picked.dtype) + self.norm.eps
         mean_gap = ((batch_mean - mean.to(picked.dtype)).square() / running).mean().sqrt()
         var_gap = ((batch_var + self.norm.eps) / running).log2().abs().mean()
         tracked = self.norm.num_batches_tracked
         count = math.nan if tracked is None else number(tracked.clone())
         self.gaps = [number(mean_gap), number(var_gap), count]
-        self.batch = min(batch, len(picked))
 
     def numbers(self, numbers: list[float]) -> dict[str, Any]:
         seen: dict[str, Any] = {
@@ -184,7 +191,7 @@ def _weight(module: Any) -> Weight | None:
     return None
 
 
-def _total(tensor: Tensor) -> Tensor:
+def total(tensor: Tensor) -> Tensor:
     """The sum of all elements: not finite where one of them is not. The fastest pass there is."""
     return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
 
@@ -205,3 +212,17 @@ def activation_of(module: nn.Module) -> Activation | None:
     if isinstance(module, layers.NORMS):
         return activations.of_norm(module)
     return activations.of_module(module)
+
+
+def units_last(module: nn.Module) -> bool:
+    """Whether a layer's units are on the last axis; in convolutions and channel norms on axis 1."""
+    channels = (nn.modules.batchnorm._NormBase, nn.GroupNorm, *layers.CONVOLUTIONS)
+    parts = layers.fused_parts(module)
+    return parts == ("linear", "norm") or (parts is None and not isinstance(module, channels))
+
+
+def is_watched(module: nn.Module) -> bool:
+    if isinstance(module, (*layers.LAYERS, *layers.NORMS, *layers.FUSED)):
+        return True
+    passing = (*layers.VIEWS, *layers.DROPOUTS, *layers.POOLS)
+    return activations.of_module(module) is not None and not isinstance(module, passing)

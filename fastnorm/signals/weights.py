@@ -7,17 +7,20 @@ and different rows do not, but by a coincidence in both.
 
 import functools
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastnorm.signals.moments import Number, number, vector_norm
+from fastnorm.signals.moments import Number, flat, norm
+from fastnorm.signals.tensors import is_plain
 
 ALIKE = 1e-5
 """Projections that differ by less, of the largest, are equal: rounding moves them by 1e-7."""
 COLUMNS = 128
 """Of a long row about the first so many elements serve."""
+_ALONE = nullcontext()
 
 
 class Weight:
@@ -25,59 +28,74 @@ class Weight:
 
     def __init__(self, module: nn.Module, parameter: nn.Parameter) -> None:
         self.parameter = parameter
-        self.rows = _rows_of(module)
+        self.rows = None if parameter.is_complex() else _rows_of(module)
+        self.attached = False
         self.gradient_norm: Number | None = None
         self.ratio: Number | None = None
         self.projections: tuple[Tensor, ...] | None = None
         self._kept: Tensor | None = None  # their memory, taken before the model takes its own
-        if self.rows is not None and not isinstance(parameter, nn.UninitializedParameter):
+        if self.rows is not None and not self.lazy:
             wide = torch.promote_types(parameter.dtype, torch.float32)
             units = parameter.shape[self.rows]
-            self._kept = torch.empty(2, units, dtype=wide, device=parameter.device)
+            with torch.inference_mode(False):
+                self._kept = torch.empty(2, units, dtype=wide, device=parameter.device)
         self._before: Tensor | None = None
 
-    @torch.no_grad()
+    @property
+    def lazy(self) -> bool:
+        """Whether the parameter has no shape yet."""
+        return isinstance(self.parameter, nn.UninitializedParameter)
+
     def after_backward(self, parameter: Tensor) -> None:
         """Called when the gradient is complete, and still there."""
         gradient = parameter.grad
         if gradient is None:
             return
+        gradient = gradient.detach()
         if gradient.is_sparse:
-            gradient = gradient.coalesce().values()
-            self.gradient_norm = number(vector_norm(gradient))
+            self.gradient_norm = norm(gradient.coalesce().values())
             return
-        self.gradient_norm = number(vector_norm(gradient))
-        if self.rows is not None:
-            found = [_project(t, self.rows) for t in (parameter, gradient)]
-            kept = self._kept
-            if kept is not None and kept.shape[1:] == found[0].shape:
-                found = [k.copy_(t) for k, t in zip(kept, found, strict=True)]
-            self.projections = tuple(found)
+        if not is_plain(gradient):
+            return
+        self.gradient_norm = norm(gradient)
+        if self.rows is not None and gradient.numel():
+            both = (parameter.detach(), gradient)
+            kept = self._kept if self._kept is not None else (None, None)
+            self.projections = tuple(
+                _project(t, self.rows, place) for t, place in zip(both, kept, strict=True)
+            )
 
-    @torch.no_grad()
     def before_step(self, sample: int) -> None:
-        self._before = self._part(sample).clone()
+        self._before = self._part(sample).clone() if is_plain(self.parameter) else None
 
-    @torch.no_grad()
     def after_step(self, sample: int) -> None:
         if self._before is None:
             return
-        change = vector_norm(self._part(sample) - self._before)
-        self.ratio = number(change / vector_norm(self._before))
+        change, before = norm(self._part(sample) - self._before), norm(self._before)
+        if isinstance(before, float) and before == 0:
+            self.ratio = math.inf if change else math.nan
+        else:
+            self.ratio = change / before
         self._before = None
 
-    def norm(self) -> Number:
-        return number(vector_norm(self.parameter.detach()))
+    def norm(self) -> list[Number]:
+        return [norm(self.parameter.detach())] if is_plain(self.parameter) else []
 
     def _part(self, sample: int) -> Tensor:
         whole = self.parameter.detach()
         step = max(1, math.ceil(whole.numel() / sample))
-        return whole[:: min(step, len(whole))] if whole.dim() else whole
+        return whole[:: min(step, len(whole))] if whole.dim() and len(whole) else whole
 
 
 def alike(weights: Tensor, gradients: Tensor) -> float:
     """The share of units that have a twin, from the projections, on the CPU."""
-    if len(weights) < 2 or not (weights.isfinite().all() and gradients.isfinite().all()):
+    if len(weights) < 2:
+        return 0.0
+    ordered = weights.sort().values
+    largest = max(-ordered[0].item(), ordered[-1].item())
+    if (ordered.diff() > ALIKE * largest).all():  # most have none; NaN comes last
+        return 0.0
+    if not (weights.isfinite().all() and gradients.isfinite().all()):
         return 0.0
     keys = _steps(weights) * (4 / ALIKE) + _steps(gradients)
     _, counts = torch.unique(keys, return_counts=True)
@@ -98,13 +116,21 @@ def _rows_of(module: Any) -> int | None:
     return 0 if isinstance(module, kinds) and getattr(module, "groups", 1) == 1 else None
 
 
-def _project(weight: Tensor, axis: int) -> Tensor:
-    units = weight.detach().movedim(axis, 0)
-    # cut before it is flattened, which copies a weight in channels_last
-    taps = units[0, 0].numel() if units.numel() else 1
-    rows = units[:, : max(1, COLUMNS // taps)].flatten(1)
+def _project(weight: Tensor, axis: int, out: Tensor | None) -> Tensor:
+    units = weight.shape[axis]
+    whole = flat(weight) if axis == 0 else None
+    if whole is not None:  # no copy; the order within a row is any, the same for all rows
+        rows = whole.view(units, -1)[:, :COLUMNS]
+    else:
+        first = weight.movedim(axis, 0)
+        taps = first[0, 0].numel()
+        rows = first[:, : max(1, COLUMNS // taps)].flatten(1)
     wide = torch.promote_types(rows.dtype, torch.float32)
-    return rows.to(wide) @ _vector(rows.shape[1], wide, rows.device)
+    if out is not None and (out.dtype is not wide or out.device != rows.device):
+        out = None  # the model has been moved
+    vector, device = _vector(rows.shape[1], wide, rows.device), rows.device.type
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _ALONE:
+        return torch.mv(rows.to(wide), vector, out=out)  # in 16 bits units would look alike
 
 
 @functools.cache

@@ -24,6 +24,10 @@ from fastnorm.kernels.device.tiles import (
     tile_offsets,
 )
 
+# Of loops over many tiles of rows: two are under way while a third is worked on. Where channels are
+# innermost registers are short, and what programs load at a time is enough.
+STAGES = tl.constexpr(3)
+
 
 @triton.jit
 def wide_sizes(N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
@@ -71,7 +75,7 @@ def load_stats(stats_ptr, c, cmask, C):
 def moments_of_tiles(
     x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     """(count, mean, rest, std) of each channel over the tiles first … last-1; count is (1,).
 
@@ -88,16 +92,17 @@ def moments_of_tiles(
     shift = pivot[None, :] * unit
 
     LANES: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
+    TOGETHER: tl.constexpr = not COLUMNS and ALIGN % FOLD == 0  # neighbours, as S is a multiple
     count = tl.zeros((LANES, 1), ACC)
     mean = tl.zeros((LANES, BLOCK_C), ACC)
     m2 = tl.zeros((LANES, BLOCK_C), ACC)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         x = load_as(x_ptr, tile_offsets(n, s, c, C, S, COLUMNS), mask, ACC)
-        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, COLUMNS)
+        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, COLUMNS, TOGETHER)
         d = x * unit - shift
-        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS)
+        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS, TOGETHER)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
 
     count, mean, std = merge_lanes(count, mean, m2)
@@ -148,7 +153,7 @@ def gradient_sums_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
     first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     """(Σ dz·x̂, Σ dz) of each channel over the tiles; stores dz, and dx of fixed statistics."""
     ACC: tl.constexpr = mean.dtype
@@ -156,7 +161,7 @@ def gradient_sums_of_tiles(
     dw = tl.zeros((LANES, BLOCK_C), ACC)
     db = tl.zeros((LANES, BLOCK_C), ACC)
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)
@@ -175,6 +180,7 @@ def input_gradient_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
     first, last, c, cmask, mean, rest, rstd, w, b, inner, outer, slope, shift, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     """dx = (inner·dz − shift − x̂·slope)·outer of the tiles, last tile first.
 
@@ -182,7 +188,7 @@ def input_gradient_of_tiles(
     the statistics were taken of. inner is None where that is one channel, and w can wait.
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    for i in range(first, last):
+    for i in tl.range(first, last, num_stages=STAGES):
         n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)

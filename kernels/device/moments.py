@@ -66,8 +66,14 @@ def two_sum(a, b):
 
 
 @triton.jit
-def fold_moments(d, inside, count, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
+def fold_moments(
+    d, inside, count, FOLD: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr
+):
     """(mean, m2) of each group of FOLD lanes that one thread owns, in two passes."""
+    if TOGETHER:  # a group that is outside has one finite value, and counts nothing
+        mean = fold(d, FOLD, COLUMNS) * (1.0 / FOLD)
+        d -= unfold(mean, FOLD, COLUMNS)
+        return mean, fold(d * d, FOLD, COLUMNS)
     mean = fold(tl.where(inside, d, 0.0), FOLD, COLUMNS) / tl.maximum(count, 1.0)
     d = tl.where(inside, d - unfold(mean, FOLD, COLUMNS), 0.0)
     return mean, fold(d * d, FOLD, COLUMNS)

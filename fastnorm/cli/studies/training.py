@@ -10,13 +10,13 @@ import fastnorm
 from fastnorm.cli.data import Images
 
 # By name, a norm of so many channels. Layer norm of an image is group norm with one group (Wu & He
-# 2018). Whoever swaps a layer for fastnorm's does it here.
+# 2018).
 NORMS: dict[str, Callable[[int], nn.Module]] = {
     "none": lambda channels: nn.Identity(),
     "batch": fastnorm.BatchNorm2d,
-    "layer": lambda channels: nn.GroupNorm(1, channels),
-    "group": lambda channels: nn.GroupNorm(4, channels),
-    "instance": lambda channels: nn.InstanceNorm2d(channels, affine=True),
+    "layer": lambda channels: fastnorm.GroupNorm(1, channels),
+    "group": lambda channels: fastnorm.GroupNorm(4, channels),
+    "instance": lambda channels: fastnorm.InstanceNorm2d(channels, affine=True),
 }
 
 

@@ -1,7 +1,0 @@
-"""`python -m fastnorm.cli`: the same as the `fastnorm` command."""
-
-import sys
-
-from fastnorm.cli import main
-
-sys.exit(main())
