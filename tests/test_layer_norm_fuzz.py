@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import pytest
 import reference
 import torch
-from cases import FLOATS, compute_dtype, tolerance
-from fuzzing import KINKS, LAYOUTS, at_length, fuzz, laid_out
+from cases import FLOATS, compute_dtype
+from fuzzing import LAYOUTS, Bounds, Call, at_length, fuzz, near_a_kink
 from hypothesis import strategies as st
 from probes import HAS_GPU, kernels_run, kernels_seen
 from row_ways import WAYS, taking
@@ -31,7 +31,6 @@ if not HAS_GPU:
 pytestmark = pytest.mark.unchecked  # each example is, on its own
 
 KINDS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
-LEAVES = ("x", "residual", "weight", "bias")
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Case:
     offset: float = 0.5  # mean of x, in its standard deviations
     eps: float | None = 1e-5
     activation: str = "identity"
-    wanted: frozenset[str] = frozenset(LEAVES)
+    wanted: frozenset[str] = frozenset(Call.LEAVES)
     used: str = "both"  # outputs
     way: str = "shipped"
     seed: int = 0
@@ -89,7 +88,7 @@ def cases(draw: st.DrawFn) -> Case:
     dtype = draw(st.sampled_from(FLOATS[::-1]))
     small = st.sampled_from([dtype, None, *FLOATS])
     layout = st.sampled_from(LAYOUTS)
-    some = st.frozensets(st.sampled_from(LEAVES))
+    some = st.frozensets(st.sampled_from(Call.LEAVES))
     eps = st.sampled_from([1e-5, 1e-3, 1.0] + [None] * (2 * ("rms" in kind)))
     return Case(
         kind,
@@ -107,7 +106,7 @@ def cases(draw: st.DrawFn) -> Case:
         offset=draw(st.sampled_from([0.5, 0.0, 30.0])),
         eps=draw(eps),
         activation=draw(st.sampled_from(["identity", *sorted(ACTIVATIONS)])),
-        wanted=draw(st.one_of(st.just(frozenset(LEAVES)), some)),
+        wanted=draw(st.one_of(st.just(frozenset(Call.LEAVES)), some)),
         used=draw(st.sampled_from(["both", "both", "output", "sum"][: 4 if "add" in kind else 1])),
         way=way,
         seed=draw(st.integers(0, 99)),
@@ -115,17 +114,16 @@ def cases(draw: st.DrawFn) -> Case:
 
 
 # ---- one case ------------------------------------------------------------------------------------
-class Call:
+class RowCall(Call):
     """The tensors of a case, the call, and what float64 says."""
 
     def __init__(self, case: Case, device: torch.device) -> None:
-        self.case, self.device = case, device
-        self.generator = torch.Generator().manual_seed(case.seed)
+        super().__init__(case, device)
         trailing = case.shape[-case.axes :]
         self.x = self.large(self.draw(*case.shape) + case.offset, case.dtype, case.layout)
-        self.weight = self.vector(self.draw(*trailing) * 0.5 + 1, case.weight)
-        self.bias = self.vector(self.draw(*trailing), case.bias)
-        self.residual, self.dtype = None, case.dtype
+        self.weight = self.vector(self.draw(*trailing) * 0.5 + 1, case.weight, case.vector_layout)
+        self.bias = self.vector(self.draw(*trailing), case.bias, case.vector_layout)
+        self.residual = None
         if isinstance(case.residual, torch.dtype):
             values = self.draw(*case.shape) * 2
             self.residual = self.large(values, case.residual, case.residual_layout)
@@ -137,26 +135,6 @@ class Call:
         self.seeds = [
             self.large(self.draw(*case.shape), self.dtype, case.dy_layout) for _ in range(count)
         ]
-
-    def draw(self, *size: int) -> Tensor:
-        return torch.randn(size, generator=self.generator, dtype=torch.float64)
-
-    def large(self, values: Tensor, dtype: torch.dtype, layout: str) -> Tensor:
-        return laid_out(values.to(self.device, dtype), layout, self.case.axis)
-
-    def vector(self, values: Tensor, dtype: torch.dtype | None) -> Tensor | None:
-        if dtype is None:
-            return None
-        return laid_out(values.to(self.device, dtype), self.case.vector_layout, 0)
-
-    def leaves(self) -> dict[str, Tensor]:
-        found = {name: getattr(self, name) for name in LEAVES}
-        if self.residual is self.x:
-            del found["residual"]
-        return {name: tensor for name, tensor in found.items() if tensor is not None}
-
-    def wanted(self) -> list[str]:
-        return [name for name in self.leaves() if name in self.case.wanted]
 
     def inputs(self, leaves: dict[str, Tensor]) -> list[Tensor]:
         if self.residual is None:
@@ -215,12 +193,12 @@ class Call:
         return self.gradients(leaves, outputs, [dy.double() for dy in self.seeds])
 
 
-class Bounds:
-    """How large the intermediate results of each row are, and so what errors are allowed."""
+class RowBounds(Bounds):
+    """Of each row."""
 
-    def __init__(self, call: Call, kernels: bool) -> None:
+    def __init__(self, call: RowCall, kernels: bool) -> None:
+        super().__init__(call)
         case = call.case
-        self.call = call
         x = self.rows(call.total)
         mean = x.mean(1) if case.center else torch.zeros_like(x[:, 0])
         eps = torch.finfo(compute_dtype(call.dtype)).eps if case.eps is None else case.eps
@@ -232,23 +210,12 @@ class Bounds:
         self.z = self.kappa * weight
         if call.bias is not None:
             self.z = self.z + call.bias.detach().double().abs().max()
-        # Where values are stored in between, in 16 bits say; in units of half an ulp each.
-        self.between, self.between_dz = 0.0, 0.0
         if not kernels and call.dtype in (torch.float16, torch.bfloat16):
             self.between = 2 * torch.finfo(call.dtype).eps
             self.between_dz = 3 * torch.finfo(call.dtype).eps
 
     def rows(self, t: Tensor) -> Tensor:
         return t.detach().double().reshape(-1, self.call.case.size)
-
-    def unit(self, dtype: torch.dtype) -> float:
-        """What cases.py allows a result of size one."""
-        compute = compute_dtype(self.call.dtype)
-        return tolerance(dtype, torch.ones(1), compute=compute)["atol"]
-
-    def uncertainty(self) -> Tensor:
-        """Of z, of each row."""
-        return self.unit(self.call.dtype) * self.z.clamp(min=1) + self.between * self.z
 
     def allowed(self, name: str, got: Tensor) -> Tensor:
         """Absolute error of each row; of all columns for the parameters' gradients."""
@@ -274,16 +241,11 @@ class Bounds:
         return self.unit(got.dtype) * size.clamp(min=1) + between * size
 
 
-def avoid_kinks(call: Call, bounds: Bounds) -> None:
+def avoid_kinks(call: RowCall, bounds: RowBounds) -> None:
     """Set dy to 0 where z is so near a kink that rounding decides."""
-    kinks = KINKS.get(call.case.activation, ())
-    if not kinks:
-        return
     z = bounds.rows(call.want("identity")["y"])
     band = (bounds.uncertainty() + 2 * torch.finfo(call.dtype).smallest_normal)[:, None]
-    near = torch.zeros_like(z, dtype=torch.bool)
-    for kink in kinks:
-        near |= (z - kink).abs() <= band
+    near = near_a_kink(call.case.activation, z, band)
     if near.any():
         if call.case.dy_layout == "expanded":
             call.seeds[0] = call.seeds[0].contiguous()
@@ -292,11 +254,11 @@ def avoid_kinks(call: Call, bounds: Bounds) -> None:
 
 def check(case: Case, device: torch.device) -> None:
     kernels = kernels_run(device)
-    call = Call(case, device)
+    call = RowCall(case, device)
     if call.x.numel() == 0:
         check_empty(call)
         return
-    bounds = Bounds(call, kernels)
+    bounds = RowBounds(call, kernels)
     avoid_kinks(call, bounds)
     want = call.want()
     with taking(case.way, kernels), checked():
@@ -311,15 +273,13 @@ def check(case: Case, device: torch.device) -> None:
         if name != "y":
             leaf = call.leaves()[name[1:]]
             assert (value.dtype, value.shape) == (leaf.dtype, leaf.shape), name
-        compute = compute_dtype(call.dtype)
-        relative = tolerance(value.dtype, torch.ones(1), compute=compute)["rtol"]
-        exact = bounds.rows(want[name])
-        error = (bounds.rows(value) - exact).abs() - relative * exact.abs()
-        worst = (error / bounds.allowed(name, value)[:, None]).max().item()
+        allowed = bounds.allowed(name, value)[:, None]
+        rows = value.reshape(-1, case.size)
+        worst = bounds.worst(rows, bounds.rows(want[name]), allowed)
         assert worst <= 1, f"{name}: error {worst:.3g} times what is allowed"
 
 
-def check_empty(call: Call) -> None:
+def check_empty(call: RowCall) -> None:
     with checked():
         got = call.ours()
     assert got["y"].shape == call.case.shape

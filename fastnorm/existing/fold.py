@@ -11,7 +11,8 @@ from fastnorm.existing import classes, patterns
 from fastnorm.existing.convert import open_modules, require_open
 from fastnorm.existing.fuse import has_norms, plain_arguments
 from fastnorm.structure import layers
-from fastnorm.structure.forward import UntraceableError, capture
+from fastnorm.structure.forward import capture
+from fastnorm.structure.watch import UntraceableError
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)

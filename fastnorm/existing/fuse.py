@@ -14,14 +14,8 @@ from fastnorm.existing import classes, patterns
 from fastnorm.existing.classes import PLANS
 from fastnorm.existing.convert import open_modules, require_open
 from fastnorm.structure import layers
-from fastnorm.structure.forward import (
-    SIMPLE,
-    Captured,
-    Guard,
-    UntraceableError,
-    capture,
-    is_tensors,
-)
+from fastnorm.structure.forward import Captured, capture, is_tensors
+from fastnorm.structure.watch import SIMPLE, Guard, UntraceableError
 
 BAKED = ("activation", "negative_slope", "alpha", "approximate")
 """Attributes of a norm or activation that a plan has as they were."""

@@ -1,104 +1,12 @@
-"""Argument checks: torch's exception types, and messages with the values and the rule.
-
-They run before anything is allocated or changed, so a call that raises leaves its buffers as they
-were. They also run on every call: each asks as little as it can of a good one.
-"""
+"""What each norm asks of its arguments: shapes, sizes, dtypes, devices and modes."""
 
 import math
 from collections.abc import Sequence
-from numbers import Real
 
 import torch
 from torch import Tensor
 
-from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
-
-FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
-
-
-def activation(name: str) -> None:
-    if name not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, but got {name!r}")
-
-
-def algorithm(name: str, known: Sequence[str], activation: str) -> None:
-    if name not in known:
-        raise ValueError(f"algorithm must be one of {', '.join(known)}, but got {name!r}")
-    if name == "gram" and activation not in OUTPUT_GRADS:
-        raise ValueError(
-            "algorithm 'gram' has no pre-activation, so it needs an activation whose derivative is "
-            f"a function of its output: one of {', '.join(OUTPUT_GRADS)}, but got {activation!r}"
-        )
-
-
-def momentum(
-    value: object, num_batches_tracked: Tensor | None, input: Tensor
-) -> float | Tensor | None:
-    """A number as float; a tensor that the buffers can be moved by; None where batches count."""
-    if isinstance(value, Tensor):
-        if value.ndim or value.requires_grad or not value.is_floating_point():
-            raise TypeError(
-                "a momentum tensor must be 0-dimensional, floating-point and without a gradient, "
-                f"but got {list(value.shape)}, {value.dtype}, requires_grad={value.requires_grad}"
-            )
-        if value.device != input.device:
-            _refuse("momentum", value, input)
-        return value
-    if isinstance(value, Real):
-        return float(value)
-    if value is None and num_batches_tracked is not None:
-        return None
-    raise TypeError(
-        "momentum must be a number or a 0-dimensional tensor, or None where "
-        f"num_batches_tracked counts the batches, but got {type(value).__name__}"
-    )
-
-
-def fixed_momentum(value: object, input: Tensor) -> float | Tensor:
-    """`momentum` where no batches are counted."""
-    found = momentum(value, None, input)
-    assert found is not None  # else it has raised
-    return found
-
-
-def residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:
-    try:
-        fits = residual.shape == shape
-    except AttributeError:
-        raise TypeError(f"residual must be a Tensor, but got {type(residual).__name__}") from None
-    if not fits:
-        raise RuntimeError(
-            f"residual must have the shape of the normalized tensor, {list(shape)}, "
-            f"but got {list(residual.shape)}"
-        )
-    if residual.dtype not in FLOATS or residual.device != input.device:
-        _refuse("residual", residual, input)
-
-
-def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if input.ndim < 2 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
-        raise RuntimeError(
-            "a linear layer with batch statistics needs an input (*, in_features) and a weight "
-            f"(out_features, in_features), but got {list(input.shape)} and {list(weight.shape)}"
-        )
-    product(input, weight, bias)
-
-
-def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """What a linear layer and a convolution ask of their operands."""
-    if input.dtype not in FLOATS:
-        raise NotImplementedError(
-            f"not implemented for '{_scalar_type(input)}': the input must be floating-point"
-        )
-    if weight.dtype not in FLOATS or weight.device != input.device:
-        _refuse("weight", weight, input)
-    if bias is not None:
-        if bias.shape != weight.shape[:1]:
-            raise RuntimeError(
-                f"bias should have the shape {list(weight.shape[:1])}, but got {list(bias.shape)}"
-            )
-        if bias.dtype not in FLOATS or bias.device != input.device:
-            _refuse("bias", bias, input)
+from fastnorm.checks.refusals import FLOATS, refuse, require_tensors, scalar_type
 
 
 def batch_statistics(
@@ -136,7 +44,7 @@ def batch_statistics(
         if eps < 0.0:
             raise ValueError(f"batch_norm eps must be non-negative, but got {eps}")
     if input.dtype not in FLOATS:
-        raise NotImplementedError(f"\"batch_norm\" not implemented for '{_scalar_type(input)}'")
+        raise NotImplementedError(f"\"batch_norm\" not implemented for '{scalar_type(input)}'")
     _channel_vectors(input, shape, running_mean, running_var, weight, bias)
     if axes < 2 and shape != (0,):  # which torch passes on: it has no channel
         raise IndexError(f"batch_norm needs an input (N, C) or (N, C, *), but got {list(shape)}")
@@ -171,7 +79,7 @@ def group_statistics(
             f"but got input of shape {list(shape)} and num_groups={num_groups}"
         )
     if input.dtype not in FLOATS:
-        raise NotImplementedError(f"\"group_norm\" not implemented for '{_scalar_type(input)}'")
+        raise NotImplementedError(f"\"group_norm\" not implemented for '{scalar_type(input)}'")
     for tensor in (weight, bias):
         if tensor is None or (
             tensor.shape == (channels,) and tensor.dtype in FLOATS and tensor.device == input.device
@@ -184,7 +92,7 @@ def group_statistics(
                 f"input, but got {name} of shape {list(tensor.shape)} and input of shape "
                 f"{list(shape)}"
             )
-        _refuse(name, tensor, input)
+        refuse(name, tensor, input)
 
 
 def instance_statistics(
@@ -216,7 +124,7 @@ def instance_statistics(
     if len(shape) < 2:
         raise IndexError(f"instance_norm needs an input (N, C) or (N, C, *), got {list(shape)}")
     if input.dtype not in FLOATS:
-        raise NotImplementedError(f"\"instance_norm\" not implemented for '{_scalar_type(input)}'")
+        raise NotImplementedError(f"\"instance_norm\" not implemented for '{scalar_type(input)}'")
     _channel_vectors(input, shape, running_mean, running_var, weight, bias)
 
 
@@ -251,7 +159,7 @@ def _channel_vectors(
                     f"{name} should contain {channels} elements not {tensor.numel()}: "
                     f"one for each channel of an input of shape {list(shape)}"
                 )
-            _refuse(name, tensor, input)
+            refuse(name, tensor, input)
 
 
 def row_statistics(
@@ -287,25 +195,14 @@ def row_statistics(
                         f"{small} of shape {list(tensor.shape)} and "
                         f"normalized_shape = {list(normalized_shape)}"
                     )
-                _refuse(small, tensor, input)
+                refuse(small, tensor, input)
         if input.shape[-axes:] != size:
             _refuse_shape(name, input.shape, normalized_shape)
         if input.dtype not in FLOATS:
-            raise NotImplementedError(f"\"{name}\" not implemented for '{_scalar_type(input)}'")
+            raise NotImplementedError(f"\"{name}\" not implemented for '{scalar_type(input)}'")
     except AttributeError:
-        _require_tensors(input=input, weight=weight, bias=bias)
+        require_tensors(input=input, weight=weight, bias=bias)
         raise
-
-
-def epsilon(value: object) -> float:
-    """What torch takes for a float, as one."""
-    if type(value) is float:
-        return value
-    if isinstance(value, Real):
-        return float(value)
-    if isinstance(value, Tensor) and not (value.ndim or value.requires_grad or value.is_complex()):
-        return float(value)
-    raise TypeError(f"eps must be a number, but got {type(value).__name__}")
 
 
 def _refuse_shape(name: str, shape: Sequence[int], normalized_shape: Sequence[int]) -> None:
@@ -318,32 +215,8 @@ def _refuse_shape(name: str, shape: Sequence[int], normalized_shape: Sequence[in
     )
 
 
-def _require_tensors(**arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None and not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a Tensor, but got {type(value).__name__}")
-    if arguments["input"] is None:
-        raise TypeError("input must be a Tensor, but got None")
-
-
 def _per_channel(shape: Sequence[int]) -> int:
     count = shape[0]
     for size in shape[2:]:
         count *= size
     return count
-
-
-def _refuse(name: str, tensor: Tensor, input: Tensor) -> None:
-    _require_tensors(**{"input": input, name: tensor})  # an array has a device, too
-    if tensor.device != input.device:
-        raise RuntimeError(
-            "Expected all tensors to be on the same device, but found at least two devices, "
-            f"{input.device} and {tensor.device} (of {name})!"
-        )
-    raise RuntimeError(f"{name} must be of a floating-point type, but got {_scalar_type(tensor)}")
-
-
-def _scalar_type(tensor: Tensor) -> str:
-    """torch's own name of a dtype, such as Long or ComplexFloat."""
-    _require_tensors(input=tensor)  # an array has a dtype, too
-    return torch.empty(0, dtype=tensor.dtype).type().split(".")[-1].removesuffix("Tensor")

@@ -1,0 +1,37 @@
+"""Argument checks: torch's exception types, and messages with the values and the rule.
+
+They run before anything is allocated or changed, so a call that raises leaves its buffers as they
+were. They also run on every call: each asks as little as it can of a good one.
+"""
+
+from fastnorm.checks.arguments import (
+    activation,
+    algorithm,
+    epsilon,
+    fixed_momentum,
+    linear,
+    momentum,
+    product,
+    residual,
+)
+from fastnorm.checks.statistics import (
+    batch_statistics,
+    group_statistics,
+    instance_statistics,
+    row_statistics,
+)
+
+__all__ = [
+    "activation",
+    "algorithm",
+    "batch_statistics",
+    "epsilon",
+    "fixed_momentum",
+    "group_statistics",
+    "instance_statistics",
+    "linear",
+    "momentum",
+    "product",
+    "residual",
+    "row_statistics",
+]
