@@ -17,6 +17,7 @@ from torch._functorch.aot_autograd import make_boxed_func
 from torch.nn.utils import parametrize
 
 import fastnorm
+import fastnorm.functional as FF
 from fastnorm import use_backend
 
 HAS_GPU = torch.cuda.is_available()
@@ -252,6 +253,32 @@ def test_a_module_with_a_backend_of_its_own():
     with use_backend("eager"), torch.no_grad():
         assert_close(compiled(x), norm(x), terms=8)
     assert [name for name in seen if "fastnorm" in name] == ["fastnorm.layer_norm_forward.default"]
+
+
+# ---- torch.fx ------------------------------------------------------------------------------------
+class Block(torch.nn.Module):
+    """A layer of ours, which takes `count` inputs, and functions of ours."""
+
+    def __init__(self, layer: torch.nn.Module, count: int) -> None:
+        super().__init__()
+        self.layer, self.count = layer, count
+        self.scale = torch.nn.Parameter(torch.rand(3))
+
+    def forward(self, x: Tensor, vectors: Tensor) -> Tensor:
+        y = self.layer(*[x] * self.count)
+        normed = FF.layer_norm(vectors, (3,), self.scale, activation="relu")
+        return y, FF.batch_norm(normed, None, None, self.scale, training=True, residual=vectors)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_symbolic_trace(backend, case):
+    """A layer is one node, as torch.nn's are: feature extractors and quantizers look for it."""
+    block = Block(module_of(case, backend, training=False), CASES[case][2]).to(backend)
+    x, vectors = inputs_of(case, backend, 5)[0], torch.randn(4, 3, device=backend)
+    traced = torch.fx.symbolic_trace(block)
+    names = [node.target for node in traced.graph.nodes if node.op.startswith("call")]
+    assert names == ["layer", FF.layer_norm, FF.batch_norm]
+    torch.testing.assert_close(traced(x, vectors), block(x, vectors), rtol=0, atol=0)
 
 
 # ---- what else a compiled module meets -----------------------------------------------------------

@@ -1,5 +1,7 @@
 """Stateless operations, one function each: check the arguments, pick a backend, call it."""
 
+from torch import fx
+
 from fastnorm.functional.batch_norm import batch_norm
 from fastnorm.functional.group_norm import group_norm, instance_norm
 from fastnorm.functional.layer_norm import add_layer_norm, add_rms_norm, layer_norm, rms_norm
@@ -16,3 +18,6 @@ __all__ = [
     "linear_batch_norm",
     "rms_norm",
 ]
+
+for _operation in __all__:  # each a node where torch.fx traces: proxies have no sizes to check
+    fx.wrap(_operation)

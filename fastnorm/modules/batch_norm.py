@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import checks, functional
-from fastnorm.modules.attributes import buffer, parameter
+from fastnorm.modules.attributes import as_node, buffer, is_symbolic, parameter
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
@@ -51,6 +51,8 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_symbolic(self, input):
+            return as_node(self, input, residual)  # type: ignore[no-any-return]
         self.check_rank(input)
         mean, var, training, momentum, count = self.statistics()
         weight, bias = parameter(self, "weight"), parameter(self, "bias")

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import checks, functional
-from fastnorm.modules.attributes import buffer, parameter, with_activation
+from fastnorm.modules.attributes import as_node, buffer, is_symbolic, parameter, with_activation
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -38,6 +38,8 @@ class GroupNorm(torch.nn.GroupNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_symbolic(self, input):
+            return as_node(self, input, residual)  # type: ignore[no-any-return]
         return functional.group_norm(
             input, self.num_groups, parameter(self, "weight"), parameter(self, "bias"), self.eps,
             residual=residual, activation=self.activation,
@@ -58,6 +60,8 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_symbolic(self, input):
+            return as_node(self, input, residual)  # type: ignore[no-any-return]
         self._check_input_dim(input)  # type: ignore[no-untyped-call]
         unbatched = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
         self._check_features(input.shape[0 if unbatched else 1], 0 if unbatched else 1)

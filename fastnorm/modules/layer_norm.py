@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import checks, functional
-from fastnorm.modules.attributes import parameter, with_activation
+from fastnorm.modules.attributes import as_node, is_symbolic, parameter, with_activation
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -34,6 +34,8 @@ class LayerNorm(torch.nn.LayerNorm):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(self, input):
+            return as_node(self, input)  # type: ignore[no-any-return]
         return functional.layer_norm(
             input, self.normalized_shape, parameter(self, "weight"), parameter(self, "bias"),
             self.eps, activation=self.activation,
@@ -68,6 +70,8 @@ class RMSNorm(torch.nn.RMSNorm):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_symbolic(self, x):
+            return as_node(self, x)  # type: ignore[no-any-return]
         return functional.rms_norm(
             x, self.normalized_shape, parameter(self, "weight"), self.eps,
             activation=self.activation,
@@ -92,6 +96,8 @@ class AddLayerNorm(LayerNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if is_symbolic(self, input):
+            return as_node(self, input, residual)  # type: ignore[no-any-return]
         return functional.add_layer_norm(
             input, residual, self.normalized_shape,
             parameter(self, "weight"), parameter(self, "bias"), self.eps,
@@ -114,6 +120,8 @@ class AddRMSNorm(RMSNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        if is_symbolic(self, input):
+            return as_node(self, input, residual)  # type: ignore[no-any-return]
         return functional.add_rms_norm(
             input, residual, self.normalized_shape, parameter(self, "weight"), self.eps,
             activation=self.activation,

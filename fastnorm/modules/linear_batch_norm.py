@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import functional
+from fastnorm.modules.attributes import as_node, is_symbolic
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
@@ -46,6 +47,8 @@ class LinearBatchNorm(torch.nn.Module):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(self, input):
+            return as_node(self, input)  # type: ignore[no-any-return]
         linear, norm = self.linear, self.norm
         if input.ndim < 2:
             raise ValueError(
@@ -96,6 +99,8 @@ class _ConvBatchNorm(torch.nn.Module):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
+        if is_symbolic(self, input):
+            return as_node(self, input)  # type: ignore[no-any-return]
         conv, norm = self.conv, self.norm
         norm.check_rank(input)
         mean, var, training, momentum, count = norm.statistics()

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastnorm import functional
 from fastnorm.distributed import group_of
-from fastnorm.modules.attributes import parameter
+from fastnorm.modules.attributes import as_node, is_symbolic, parameter
 from fastnorm.modules.batch_norm import _BatchNorm
 
 
@@ -66,6 +66,8 @@ class SyncBatchNorm(_BatchNorm):
         return group_of(self.process_group) if self.training else None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        if is_symbolic(self, input):
+            return as_node(self, input, residual)  # type: ignore[no-any-return]
         self.check_rank(input)
         mean, var, training, momentum, count = self.statistics()
         weight, bias = parameter(self, "weight"), parameter(self, "bias")
