@@ -217,7 +217,8 @@ def test_files_and_what_they_hold(finished):
     assert sorted(path.name for path in folder.iterdir()) == ["report.html", "result.json"]
     text = (folder / "result.json").read_text()
     result = json.loads(text, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
-    assert result["arguments"] == {"device": "cpu", "backend": "eager", "jobs": None, "quick": True}
+    asked = {"device": "cpu", "backend": "eager", "jobs": None, "quick": True, "limit": None}
+    assert result["arguments"] == asked
     assert result["machine"]["backend"] == "eager"
     assert result["versions"]["torch"].startswith(torch.__version__.split("+")[0])
     assert len(result["cases"]) == len(cases(True))
