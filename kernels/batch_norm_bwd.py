@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from fastnorm.kernels.device.channels import (
-    STAGES,
     channels_of,
     gradient_sums_of_tiles,
     input_gradient_of_tiles,
@@ -71,7 +70,6 @@ def batch_norm_bwd_reduce_kernel(
         dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
         first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
         ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
-        1 if COLUMNS else STAGES,
     )  # fmt: skip
     if partial_ptr is not None:
         tl.store(partial_ptr + p.to(tl.int64) * C + c, dw, mask=cmask)
@@ -101,5 +99,5 @@ def batch_norm_bwd_apply_kernel(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
         first, last, c, cmask, mean, rest, rstd, w, b,
         None, rstd * w, dw / M, db / M, N, C, S,
-        ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS, 1 if COLUMNS else STAGES,
+        ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
     )  # fmt: skip

@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from fastnorm.kernels.device.channels import (
-    STAGES,
     channels_of,
     load_affine,
     load_stats,
@@ -14,9 +13,9 @@ from fastnorm.kernels.device.channels import (
     wide_sizes,
 )
 from fastnorm.kernels.device.moments import (
-    finite_or_zero,
     merge_partials,
     merge_two,
+    pivot_of,
     reciprocal,
     rstd_of,
     sqrt,
@@ -76,17 +75,22 @@ def merge_moments(
     Statistic i of partial p is at i·stat + p·step + c, its count at p·count_step.
     """
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    base = finite_or_zero(tl.load(partial_ptr + first * step + c, mask=cmask, other=0.0))
+    base = tl.load(partial_ptr + first * step + c, mask=cmask, other=0.0)
     count = tl.zeros((1,), ACC)
     mean = tl.zeros(c.shape, ACC)  # relative to base
     std = tl.zeros(c.shape, ACC)
-    for start in range(first // BLOCK_P * BLOCK_P, P, BLOCK_P):
+    first = first // BLOCK_P * BLOCK_P
+    for start in range(first, P, BLOCK_P):
         p = start + tl.arange(0, BLOCK_P)
         at = (p.to(tl.int64) * step)[:, None] + c[None, :]
         count_p = load_as(count_ptr, p.to(tl.int64) * count_step, p < P, ACC)
         mask = (count_p > 0.0)[:, None] & cmask[None, :]
-        mean_p = load_as(partial_ptr, at, mask, ACC) - base[None, :]
-        mean_p = tl.where(mask, mean_p + load_as(partial_ptr, stat + at, mask, ACC), 0.0)
+        mean_p = load_as(partial_ptr, at, mask, ACC)
+        if start == first:
+            share = count_p / tl.maximum(tl.sum(count_p, axis=0), 1.0)
+            base = pivot_of(base, mean_p, mask, share[:, None])
+        mean_p = (mean_p - base[None, :]) + load_as(partial_ptr, stat + at, mask, ACC)
+        mean_p = tl.where(mask, mean_p, 0.0)
         std_p = load_as(partial_ptr, 2 * stat + at, mask, ACC)
         count_b, mean_b, std_b = merge_partials(count_p[:, None], mean_p, std_p)
         count, mean, std = merge_two(count, mean, std, count_b, mean_b, std_b)
@@ -117,9 +121,8 @@ def batch_norm_fwd_kernel(
     pid = tl.program_id(0)
     c, cmask = channels_of(pid, C, BLOCK_C)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C,
-        FOLD, ALIGN, COLUMNS,
-    )  # fmt: skip
+        x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+    )
     rstd = finalize(
         mean, rest, std, count, eps, c, cmask, C,
         stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
@@ -144,9 +147,8 @@ def batch_norm_fwd_moments_kernel(
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C,
-        FOLD, ALIGN, COLUMNS, 1 if COLUMNS else STAGES,
-    )  # fmt: skip
+        x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+    )
     at = p.to(tl.int64) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
     tl.store(partial_ptr + P * C + at, rest, mask=cmask)

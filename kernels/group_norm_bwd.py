@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from fastnorm.kernels.device.channels import (
-    STAGES,
     channels_of,
     gradient_sums_of_tiles,
     input_gradient_of_tiles,
@@ -96,7 +95,6 @@ def group_norm_bwd_reduce_kernel(
         dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr,
         first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
         ACT_GRAD, 1, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
-        1 if COLUMNS else STAGES,
     )  # fmt: skip
     if partial_ptr is not None:
         at = (p * N + n) * C + c
@@ -151,5 +149,5 @@ def group_norm_bwd_apply_kernel(
     input_gradient_of_tiles(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
         first, last, c, cmask, mean, rest, rstd, w, b, w, rstd, slope, shift, N, C, S,
-        ACT_GRAD, 1, BLOCK_S, COLUMNS, 1 if COLUMNS else STAGES,
+        ACT_GRAD, 1, BLOCK_S, COLUMNS,
     )  # fmt: skip

@@ -5,7 +5,6 @@ import triton.language as tl
 
 from fastnorm.kernels.batch_norm_fwd import moving_average
 from fastnorm.kernels.device.channels import (
-    STAGES,
     channels_of,
     load_affine,
     load_stats,
@@ -22,9 +21,9 @@ from fastnorm.kernels.device.groups import (
     wide_channels,
 )
 from fastnorm.kernels.device.moments import (
-    finite_or_zero,
     merge_partials,
     merge_two,
+    pivot_of,
     rstd_of,
     two_sum,
 )
@@ -64,9 +63,8 @@ def group_norm_fwd_kernel(
     mask = cmask & (n < N)
     at = positions_of_lanes(n, c, C, S, COLUMNS)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C,
-        FOLD, ALIGN, COLUMNS,
-    )  # fmt: skip
+        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, COLUMNS
+    )
     mean, rest, std = moments_of_groups(mean, rest, std, K, BLOCK_K)
     speaks = mask & (tl.arange(0, BLOCK_N * BLOCK_C) % BLOCK_K == 0)
     rstd = save_statistics(mean, rest, std, eps, n * G + g, speaks, N * G, stats_ptr, std_ptr)
@@ -91,9 +89,8 @@ def group_norm_fwd_moments_kernel(
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     c, cmask = channels_of(block, C, BLOCK_C)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C,
-        FOLD, ALIGN, COLUMNS, 1 if COLUMNS else STAGES,
-    )  # fmt: skip
+        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+    )
     at = (p * N + n) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
     tl.store(partial_ptr + P * N * C + at, rest, mask=cmask)
@@ -111,7 +108,7 @@ def group_norm_fwd_finalize_kernel(
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     r, rmask = channels_of(tl.program_id(0), R, BLOCK_R)
     stride = R.to(tl.int64) * K
-    base = finite_or_zero(tl.load(partial_ptr + r * K, mask=rmask, other=0.0))
+    base = tl.load(partial_ptr + r * K, mask=rmask, other=0.0)
     count = tl.zeros((1,), ACC)
     mean = tl.zeros((BLOCK_R,), ACC)  # relative to base
     std = tl.zeros((BLOCK_R,), ACC)
@@ -122,8 +119,12 @@ def group_norm_fwd_finalize_kernel(
         at = (p * stride + part % K)[:, None] + (r * K)[None, :]
         mask = inside[:, None] & rmask[None, :]
         count_p = tl.where(inside, tl.minimum(S - p * positions, positions), 0).to(ACC)
-        mean_p = load_as(partial_ptr, at, mask, ACC) - base[None, :]
-        mean_p = tl.where(mask, mean_p + load_as(partial_ptr, P * stride + at, mask, ACC), 0.0)
+        mean_p = load_as(partial_ptr, at, mask, ACC)
+        if start == 0:
+            share = count_p / tl.sum(count_p, axis=0)
+            base = pivot_of(base, mean_p, mask, share[:, None])
+        mean_p = (mean_p - base[None, :]) + load_as(partial_ptr, P * stride + at, mask, ACC)
+        mean_p = tl.where(mask, mean_p, 0.0)
         std_p = load_as(partial_ptr, 2 * P * stride + at, mask, ACC)
         count_b, mean_b, std_b = merge_partials(count_p[:, None], mean_p, std_p)
         count, mean, std = merge_two(count, mean, std, count_b, mean_b, std_b)

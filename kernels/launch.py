@@ -15,9 +15,7 @@ import torch
 
 TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a thread
 WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
-PROGRAMS_PER_MULTIPROCESSOR = 4  # of 4 warps: what the registers of any kernel leave room for
-PROGRAMS_OF_WAVES = 32  # where there are more: what the last wave leaves idle is little
-RUN_BYTES = 1024  # what is contiguous in a tile of long runs, which seldom are powers of two
+PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
 
 
 # Kernel arguments that change from batch to batch: Triton must not compile again where one of them
@@ -135,19 +133,6 @@ MERGE_CHANNELS = 8
 MERGE_WARPS = 8
 
 
-def sharing(others: int, device: Device) -> int:
-    """Programs that share each of `others` sets of tiles: all at once on the device, or many waves.
-
-    A few more than fit at a time would run alone, and as long as all before.
-    """
-    at_once = PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
-    if others >= at_once:
-        return 1
-    if others <= at_once // 2:
-        return at_once // others
-    return cdiv(PROGRAMS_OF_WAVES * device.multiprocessors, others)
-
-
 def channel_plan(
     N: int, C: int, S: int, columns: bool, itemsize: int, device: Device
 ) -> ChannelPlan:
@@ -158,9 +143,8 @@ def channel_plan(
     block_c = 1
     if columns:
         block_c = min(power_of_two(C), sector if whole else 2 * sector)
-    block_s = min(power_of_two(S), elements // block_c if columns else RUN_BYTES // itemsize)
-    block_n = min(power_of_two(N), elements // (block_c * block_s))
-    block_s = min(power_of_two(S), elements // (block_c * block_n))
+    block_s = min(power_of_two(S), elements // block_c)
+    block_n = min(power_of_two(N), elements // (block_c * block_s)) if block_s >= S else 1
     if whole:  # several channels a program, while that leaves enough programs to fill the device
         while (
             block_n * block_s * block_c * 2 <= elements
@@ -170,15 +154,16 @@ def channel_plan(
             block_c *= 2
     tiles = cdiv(N, block_n) * cdiv(S, block_s)
     channel_blocks = cdiv(C, block_c)
-    wanted = 1 if whole else sharing(channel_blocks, device)
+    wanted = (
+        1 if whole else cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, channel_blocks)
+    )
     tiles_per_program = cdiv(tiles, min(wanted, tiles))
     lanes = block_n * block_s
     num_warps = min(max(lanes * block_c * itemsize // (TILE_BYTES // 4), 1), 4)
-    align = divisor_class(C if columns else S)
     return ChannelPlan(
         block_n, block_s, block_c,
-        fold=min(lanes, 4 if columns or itemsize > 2 or align == 4 else 8),
-        align=align,
+        fold=min(lanes, 4 if columns or itemsize > 2 else 8),
+        align=divisor_class(C if columns else S),
         num_warps=num_warps,
         tiles=tiles,
         programs=cdiv(tiles, tiles_per_program),
@@ -331,7 +316,8 @@ def group_plan(
         block_c = min(power_of_two(C), elements // block_s, GROUP_LANES)
         channel_blocks = cdiv(C, block_c)
         shared, others = cdiv(S, block_s), N * channel_blocks
-    share = cdiv(shared, min(shared, sharing(others, device)))
+    programs_wanted = PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
+    share = cdiv(shared, min(shared, cdiv(programs_wanted, others)))
     lanes = block_n * block_c
     return GroupPlan(
         whole, block_n, block_c, block_k, block_s,

@@ -184,12 +184,17 @@ def test_instance_norm_in_channels_last(size, values, dtype):
         assert not [finding for finding in examine(case, CPU) if finding.wrong]
 
 
-@pytest.mark.xfail(strict=True, reason="docs/numerics.md, known limits")
-def test_known_limits():
-    """What is written down as broken is; when it is mended, so are the words."""
+@pytest.mark.parametrize(
+    "case",
+    [
+        ChannelCase("batch_norm", (250, 24), values="outliers"),
+        ChannelCase("group_norm", (40, 256), values="outliers", num_groups=1),
+    ],
+    ids=lambda case: case.operation,
+)
+def test_the_first_is_an_outlier(case):
     if torch.cuda.is_available():
         pytest.skip("the interpreter was not asked for")
-    case = ChannelCase("batch_norm", (250, 24), values="outliers")
     with fastnorm.use_backend("triton"):
         assert not [finding for finding in examine(case, CPU) if finding.wrong]
 

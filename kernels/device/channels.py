@@ -7,15 +7,16 @@ import triton
 import triton.language as tl
 
 from fastnorm.kernels.device.moments import (
-    finite_or_zero,
     fold_moments,
     merge_counted,
     merge_lanes,
+    pivot_of,
     scale_of,
     two_sum,
 )
 from fastnorm.kernels.device.tiles import (
     count_of_groups,
+    count_of_tile,
     fold,
     lanes_of_tile,
     load_as,
@@ -23,10 +24,6 @@ from fastnorm.kernels.device.tiles import (
     store_cast,
     tile_offsets,
 )
-
-# Of loops over many tiles of rows: two are under way while a third is worked on. Where channels are
-# innermost registers are short, and what programs load at a time is enough.
-STAGES = tl.constexpr(3)
 
 
 @triton.jit
@@ -75,38 +72,39 @@ def load_stats(stats_ptr, c, cmask, C):
 def moments_of_tiles(
     x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr = 1,
+    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """(count, mean, rest, std) of each channel over the tiles first … last-1; count is (1,).
 
-    Elements are taken relative to the first one (if it is finite), so that a large mean costs no
-    digits, and in a unit in which the squares of the first tile do not overflow.
+    Elements are taken relative to a pivot, the mean of the first tile, so that a large mean costs no
+    digits, and in a unit in which the squares of that tile do not overflow.
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     n, s, inside = lanes_of_tile(first, N, S, lane, BLOCK_N, BLOCK_S)
     at = tile_offsets(n, s, c, C, S, COLUMNS)
     x = load_as(x_ptr, at, inside[:, None] & cmask[None, :], ACC)
     scale = scale_of(tl.max(tl.abs(x), axis=0))
-    pivot = finite_or_zero(tl.sum(tl.where((lane == 0)[:, None], x, 0.0), axis=0))
     unit = (1.0 / scale)[None, :]
-    shift = pivot[None, :] * unit
+    x *= unit
+    pivot = tl.sum(tl.where((lane == 0)[:, None], x, 0.0), axis=0)
+    share = 1.0 / count_of_tile(first, N, S, BLOCK_N, BLOCK_S).to(ACC)
+    pivot = pivot_of(pivot, x, inside[:, None], share)
 
     LANES: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
-    TOGETHER: tl.constexpr = not COLUMNS and ALIGN % FOLD == 0  # neighbours, as S is a multiple
     count = tl.zeros((LANES, 1), ACC)
     mean = tl.zeros((LANES, BLOCK_C), ACC)
     m2 = tl.zeros((LANES, BLOCK_C), ACC)
-    for tile in tl.range(first, last, num_stages=STAGES):
+    for tile in range(first, last):
         n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         x = load_as(x_ptr, tile_offsets(n, s, c, C, S, COLUMNS), mask, ACC)
-        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, COLUMNS, TOGETHER)
-        d = x * unit - shift
-        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS, TOGETHER)
+        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, COLUMNS)
+        d = x * unit - pivot[None, :]
+        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
 
     count, mean, std = merge_lanes(count, mean, m2)
-    mean, rest = two_sum(pivot, mean * scale)
+    mean, rest = two_sum(pivot * scale, mean * scale)
     return count, mean, rest, std * scale
 
 
@@ -153,7 +151,7 @@ def gradient_sums_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
     first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr = 1,
+    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """(Σ dz·x̂, Σ dz) of each channel over the tiles; stores dz, and dx of fixed statistics."""
     ACC: tl.constexpr = mean.dtype
@@ -161,7 +159,7 @@ def gradient_sums_of_tiles(
     dw = tl.zeros((LANES, BLOCK_C), ACC)
     db = tl.zeros((LANES, BLOCK_C), ACC)
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    for tile in tl.range(first, last, num_stages=STAGES):
+    for tile in range(first, last):
         n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)
@@ -180,7 +178,6 @@ def input_gradient_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
     first, last, c, cmask, mean, rest, rstd, w, b, inner, outer, slope, shift, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr = 1,
 ):  # fmt: skip
     """dx = (inner·dz − shift − x̂·slope)·outer of the tiles, last tile first.
 
@@ -188,7 +185,7 @@ def input_gradient_of_tiles(
     the statistics were taken of. inner is None where that is one channel, and w can wait.
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    for i in tl.range(first, last, num_stages=STAGES):
+    for i in range(first, last):
         n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)

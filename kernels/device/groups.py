@@ -9,7 +9,7 @@ multiplies by S (rows) or adds (columns).
 import triton
 import triton.language as tl
 
-from fastnorm.kernels.device.moments import finite_or_zero, merge_partials, two_sum
+from fastnorm.kernels.device.moments import merge_partials, pivot_of, two_sum
 
 
 @triton.jit
@@ -96,7 +96,8 @@ def moments_of_groups(mean, rest, std, K, BLOCK_K: tl.constexpr):
         return mean, rest, std
     k = tl.arange(0, BLOCK_K)[:, None]
     mean_k = by_group(mean, BLOCK_K)
-    base = finite_or_zero(tl.sum(tl.where(k == 0, mean_k, 0.0), axis=0))
+    base = tl.sum(tl.where(k == 0, mean_k, 0.0), axis=0)
+    base = pivot_of(base, mean_k, k < K, 1.0 / K.to(mean.dtype))
     mean_k = tl.where(k < K, (mean_k - base[None, :]) + by_group(rest, BLOCK_K), 0.0)
     std_k = by_group(std, BLOCK_K)
     _, mean_g, std_g = merge_partials((k < K).to(mean.dtype), mean_k, std_k)

@@ -66,14 +66,20 @@ def two_sum(a, b):
 
 
 @triton.jit
-def fold_moments(
-    d, inside, count, FOLD: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr
-):
+def pivot_of(first, x, inside, share):
+    """A number near those of each column, to take them relative to: their mean, 0 if not finite.
+
+    The first of them would do, were it not an outlier. But by way of that: the pivot of numbers
+    that are all equal is the very same.
+    """
+    first = finite_or_zero(first)
+    d = tl.where(inside, x - first[None, :], 0.0)
+    return finite_or_zero(first + tl.sum(d * share, axis=0))
+
+
+@triton.jit
+def fold_moments(d, inside, count, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
     """(mean, m2) of each group of FOLD lanes that one thread owns, in two passes."""
-    if TOGETHER:  # a group that is outside has one finite value, and counts nothing
-        mean = fold(d, FOLD, COLUMNS) * (1.0 / FOLD)
-        d -= unfold(mean, FOLD, COLUMNS)
-        return mean, fold(d * d, FOLD, COLUMNS)
     mean = fold(tl.where(inside, d, 0.0), FOLD, COLUMNS) / tl.maximum(count, 1.0)
     d = tl.where(inside, d - unfold(mean, FOLD, COLUMNS), 0.0)
     return mean, fold(d * d, FOLD, COLUMNS)

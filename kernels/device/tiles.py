@@ -14,29 +14,28 @@ def lanes_of_tile(tile, N, S, lane, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr
     """(n, s, inside) of some lanes of tile number `tile`, as int64."""
     # tiles are counted in int32: a 64-bit division is a function call on a GPU
     across = tl.cdiv(S, BLOCK_S).to(tl.int32)
-    first_n = (tile // across).to(tl.int64) * BLOCK_N
-    first_s = (tile % across).to(tl.int64) * BLOCK_S
-    # compared in int32, with what is left: in int64 each lane would take three instructions
-    inside = lane % BLOCK_S < tl.minimum(S - first_s, BLOCK_S).to(tl.int32)
-    if BLOCK_N > 1:
-        inside &= lane // BLOCK_S < tl.minimum(N - first_n, BLOCK_N).to(tl.int32)
-    return first_n + lane // BLOCK_S, first_s + lane % BLOCK_S, inside
+    n = (tile // across).to(tl.int64) * BLOCK_N + lane // BLOCK_S
+    s = (tile % across).to(tl.int64) * BLOCK_S + lane % BLOCK_S
+    if BLOCK_N == 1:
+        return n, s, s < S
+    return n, s, (n < N) & (s < S)
+
+
+@triton.jit
+def count_of_tile(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """How many lanes of a tile are inside."""
+    n, s, _ = lanes_of_tile(tile, N, S, 0, BLOCK_N, BLOCK_S)
+    return tl.minimum(N - n, BLOCK_N) * tl.minimum(S - s, BLOCK_S)
 
 
 @triton.jit
 def count_of_groups(
     tile, N, S, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    FOLD: tl.constexpr, COLUMNS: tl.constexpr, TOGETHER: tl.constexpr,
+    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """How many lanes of each group that `fold` sums are inside: (lanes / FOLD, 1).
-
-    TOGETHER: all of a group are, or none.
-    """
+    """How many lanes of each group that `fold` sums are inside: (lanes / FOLD, 1)."""
     GROUPS: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
     group = tl.arange(0, GROUPS)
-    if TOGETHER:
-        _, _, inside = lanes_of_tile(tile, N, S, group * FOLD, BLOCK_N, BLOCK_S)
-        return tl.where(inside, FOLD, 0).to(ACC)[:, None]
     count = tl.zeros((GROUPS,), ACC)
     for k in tl.static_range(FOLD):
         lane = k * GROUPS + group if COLUMNS else group * FOLD + k
