@@ -76,8 +76,8 @@ def moments_of_tiles(
 ):  # fmt: skip
     """(count, mean, rest, std) of each channel over the tiles first … last-1; count is (1,).
 
-    Elements are taken relative to a pivot, the mean of the first tile, so that a large mean costs no
-    digits, and in a unit in which the squares of that tile do not overflow.
+    Elements are taken relative to a pivot, the mean of the first tile, so that a large mean costs
+    no digits, and in a unit in which the squares of that tile do not overflow.
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     n, s, inside = lanes_of_tile(first, N, S, lane, BLOCK_N, BLOCK_S)
