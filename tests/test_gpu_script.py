@@ -25,13 +25,13 @@ def test_steps_end_as_they_end(tmp_path):
     steps = [
         python("good", "import fastnorm, os; print(os.environ['MINE'])", environment={"MINE": "7"}),
         python("bad", "import sys; sys.exit(3)"),
-        python("slow", "import time; print('begun', flush=True); time.sleep(60)", limit=1),
+        python("slow", "import time; print('begun', flush=True); time.sleep(60)", limit=8),
         Step("absent", missing="it is not installed"),
     ]
     found = {ending.name: ending for ending in gpu.run(steps, tmp_path)}
     assert found["good"].ending == "passed"
     assert found["bad"].ending == "failed with status 3"
-    assert found["slow"].ending == "out of time after 1 s"
+    assert found["slow"].ending == "out of time after 8 s"
     assert found["slow"].seconds < gpu.PATIENCE
     assert list(found)[-1] == "slow", "each is told of when it ends"
     assert found["absent"] == Ending("absent", "left out: it is not installed")
