@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastnorm import functional
-from fastnorm.modules.attributes import as_node, is_symbolic
+from fastnorm.modules.attributes import as_node, child, is_symbolic, operands, parameter
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 
 
@@ -49,14 +49,15 @@ class LinearBatchNorm(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if is_symbolic(self, input):
             return as_node(self, input)  # type: ignore[no-any-return]
-        linear, norm = self.linear, self.norm
+        norm = child(self, "norm")
         if input.ndim < 2:
             raise ValueError(
                 f"expected input (*, in_features) with at least 2 axes, got {input.ndim}"
             )
+        weight, bias = operands(child(self, "linear"))
         mean, var, training, momentum, count = norm.statistics()
         return functional.linear_batch_norm(
-            input, linear.weight, linear.bias, mean, var, norm.weight, norm.bias,
+            input, weight, bias, mean, var, parameter(norm, "weight"), parameter(norm, "bias"),
             training, momentum, norm.eps,
             activation=norm.activation, num_batches_tracked=count, process_group=norm.group(),
         )  # fmt: skip
@@ -101,11 +102,12 @@ class _ConvBatchNorm(torch.nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         if is_symbolic(self, input):
             return as_node(self, input)  # type: ignore[no-any-return]
-        conv, norm = self.conv, self.norm
+        conv, norm = child(self, "conv"), child(self, "norm")
         norm.check_rank(input)
+        weight, bias = operands(conv)
         mean, var, training, momentum, count = norm.statistics()
         return functional.conv_batch_norm(
-            input, conv.weight, conv.bias, mean, var, norm.weight, norm.bias,
+            input, weight, bias, mean, var, parameter(norm, "weight"), parameter(norm, "bias"),
             training, momentum, norm.eps,
             stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
             activation=norm.activation, num_batches_tracked=count, process_group=norm.group(),
