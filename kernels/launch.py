@@ -9,9 +9,11 @@ import contextvars
 import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+
+from fastnorm.kernels.rates import H200, rates
 
 TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a thread
 WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
@@ -39,14 +41,13 @@ class Device:
     multiprocessors: int
     shared: int = 227 << 10  # bytes that one program may have
     wgmma: bool = True  # Hopper's products of shared memory, whose tiles may be larger
-    # What cost.py asks: products a second that libraries reach (70 % of an H200's peak), by dtype;
-    # bytes a second of memory and of the second-level cache; seconds of a launch.
-    half: float = 550e12
-    tf32: float = 275e12
-    single: float = 42e12
-    double: float = 42e12
-    memory: float = 4.0e12
-    cache: float = 6.5e12
+    # What cost.py asks: rates.py has the first six. And the seconds of a launch.
+    half: float = H200.half
+    tf32: float = H200.tf32
+    single: float = H200.single
+    double: float = H200.double
+    memory: float = H200.memory
+    cache: float = H200.cache
     launch: float = 2.5e-6
     fused: bool = True  # it runs our kernels
 
@@ -73,10 +74,22 @@ def device_of(device: torch.device) -> Device:
 def _queried(device: torch.device) -> Device:
     if device.type != "cuda":
         return INTERPRETER
-    found = torch.cuda.get_device_properties(device)
+    return described(torch.cuda.get_device_properties(device), torch.version.hip is not None)
+
+
+def described(found: Any, hip: bool) -> Device:
+    """What torch's properties of a GPU say of it."""
+    count = found.multi_processor_count
     shared = getattr(found, "shared_memory_per_block_optin", 0) or 64 << 10
-    wgmma = torch.version.hip is None and found.major == 9
-    return Device(found.multi_processor_count, shared, wgmma)
+    clock = 1e3 * getattr(found, "clock_rate", 0)  # given in kHz
+    if hip:
+        architecture, bandwidth = found.gcnArchName.partition(":")[0], 0.0
+    else:  # two transfers a clock; in bits
+        architecture = f"sm_{found.major}{found.minor}"
+        bandwidth = 250.0 * getattr(found, "memory_clock_rate", 0)
+        bandwidth *= getattr(found, "memory_bus_width", 0)
+    reached = rates(architecture, count, clock, bandwidth)
+    return Device(count, shared, architecture == "sm_90", **reached._asdict())
 
 
 def power_of_two(n: int) -> int:

@@ -1,6 +1,7 @@
 """The cost model of Linear + BatchNorm: what it must say where the answer is known."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
 from fastnorm.kernels import cost
-from fastnorm.kernels.launch import Device
+from fastnorm.kernels.launch import Device, described
 
 H200 = Device(multiprocessors=132)
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64
@@ -33,6 +34,58 @@ def test_wide_and_small_problems_do_not(shape):
     """2 M K² flops more do not pay where K is as wide as N, nor launches where M is small."""
     assert chosen(*shape) != "gram"
     assert chosen(*shape, dtype=F32, device=cost.CPU) == "unfused"
+
+
+def properties(**changed):
+    """What torch says of an H200, or of another GPU."""
+    h200 = {
+        "multi_processor_count": 132, "major": 9, "minor": 0, "clock_rate": 1_980_000,
+        "memory_clock_rate": 3_201_000, "memory_bus_width": 6144,
+        "shared_memory_per_block_optin": 227 << 10,
+    }  # fmt: skip
+    return SimpleNamespace(**(h200 | changed))
+
+
+A100 = properties(
+    multi_processor_count=108, major=8, clock_rate=1_410_000,
+    memory_clock_rate=1_593_000, memory_bus_width=5120,
+)  # fmt: skip
+RTX_5090 = properties(
+    multi_processor_count=170, major=12, clock_rate=2_407_000,
+    memory_clock_rate=14_001_000, memory_bus_width=512,
+)  # fmt: skip
+MI300X = properties(
+    multi_processor_count=304, clock_rate=2_100_000, gcnArchName="gfx942:sramecc+:xnack-",
+)  # fmt: skip
+
+
+def test_rates_are_the_devices_own():
+    """In the proportions of the vendors' peaks; what torch does not say is an H200's."""
+    h200 = described(properties(), hip=False)
+    assert replace(h200, memory=H200.memory) == H200
+    assert h200.memory == pytest.approx(H200.memory, rel=0.01)
+    assert described(properties(clock_rate=0, memory_bus_width=0), hip=False) == H200
+    assert described(properties(major=99), hip=False) == replace(h200, wgmma=False)
+    peaks = {  # TFLOP/s half, single, double; TB/s
+        "A100": (described(A100, hip=False), 312, 19.5, 19.5, 2.04),
+        "RTX 5090": (described(RTX_5090, hip=False), 209.5, 104.8, 1.64, 1.79),
+        "MI300X": (described(MI300X, hip=True), 1307, 163.4, 163.4, 4.9),
+    }
+    for name, (device, *peak) in peaks.items():
+        got = device.half, device.single, device.double, device.memory
+        theirs = zip(got, (h200.half, h200.single, h200.double, h200.memory), strict=True)
+        found = [a / b * c for (a, b), c in zip(theirs, (1070, 66.9, 66.9, 4.917), strict=True)]
+        assert found == pytest.approx(peak, rel=0.02), name
+        assert not device.wgmma
+
+
+def test_float64_is_dear_on_a_consumers_gpu():
+    """Where its S would take float64 at a 64th of the speed, float32 leaves gram."""
+    shape, consumers = (1_000_000, 32, 64), described(RTX_5090, hip=False)
+    assert chosen(*shape, F32) == "gram"
+    assert chosen(*shape, F32, replace(consumers, double=consumers.single)) == "gram"
+    assert chosen(*shape, F32, consumers) != "gram"
+    assert chosen(*shape, BF16, consumers) == "gram"
 
 
 def test_what_gram_cannot_do():
