@@ -15,7 +15,7 @@ import torch
 import fastnorm
 from fastnorm.bench import ceilings, harness, libraries, shapes, suite
 from fastnorm.bench.layers import FORMATS, PASSES, Layer
-from fastnorm.cli import bench, main
+from fastnorm.cli import bench, bench_report, main
 from fastnorm.cli.bench_groups import geometric
 from fastnorm.cli.progress import is_over
 
@@ -128,6 +128,25 @@ def test_pictures_and_a_page_that_needs_no_other_file(finished):
     assert re.findall(r'src="([^"]{15})', page) == ["data:image/png;"] * 3
     prose = re.sub(r'"data:image/png;base64,[^"]*"', "", page)
     assert not re.search(r"https?:|href|<script|@import|url\(", prose)
+
+
+def test_published_figures_stand_beside_a_gpus(finished, tmp_path):
+    folder, out, _ = finished
+    assert "published" not in out + (folder / "report.html").read_text("utf-8"), "on a CPU"
+    result = json.loads((folder / "result.json").read_text())
+    (line,) = (
+        r
+        for r in result["results"]
+        if (r["operation"], r["dtype"], r["pass"]) == ("RMSNorm", "bfloat16", "forward")
+    )
+    line |= {"backend": "triton", "shape": [16384, 4096], "bytes": 1 << 28}
+    line["costs"]["fastnorm"]["best_s"] = (1 << 28) / 1.5e9
+    table = bench_report.tables(result)[1]
+    assert table.rows == [("4096", "2 (75%)", "2900 (87%)", "2904 (87%)", "2303 (69%)")]
+    bench_report.write(tmp_path, result)
+    page = (tmp_path / "report.html").read_text("utf-8")
+    assert "2900 (87%)" in page
+    assert "Every case" in page
 
 
 def test_what_is_printed(finished):

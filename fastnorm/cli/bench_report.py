@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fastnorm import tables as html
+from fastnorm.bench import published
 from fastnorm.bench.ceilings import Ceilings
 from fastnorm.bench.suite import BASELINE, OURS
 from fastnorm.cli import bench_plots, report
@@ -19,8 +20,8 @@ def ceilings_in_json(found: Ceilings) -> dict[str, Any]:
 
 
 def tables(result: Mapping[str, Any]) -> list[Table]:
-    """A summary by operation, and every case."""
-    return [_summary(result), _all(result)]
+    """A summary by operation, what others have published of an operation, and every case."""
+    return [_summary(result), *_published(result), _all(result)]
 
 
 def _summary(result: Mapping[str, Any]) -> Table:
@@ -40,6 +41,29 @@ def _summary(result: Mapping[str, Any]) -> Table:
     )
     columns = ("", "cases", *heads, f"least, {BASELINE}")
     return Table("Speed-up by operation", columns, rows, note)
+
+
+def _published(result: Mapping[str, Any]) -> list[Table]:
+    """RMSNorm by row length, where a GPU was measured: a CPU's memory is no match for it."""
+    top = result["ceilings"]["memory_bytes_per_s"]
+    rows = []
+    for case in result["results"]:
+        kind = (case["operation"], case["dtype"], case["pass"])
+        if kind != ("RMSNorm", "bfloat16", "forward") or case["backend"] != "triton":
+            continue
+        if not any(case["shape"][-1] in rates for rates in published.RMS_NORM.values()):
+            continue
+        rate = case["bytes"] / case["costs"][OURS]["best_s"]
+        theirs = (rates.get(case["shape"][-1]) for rates in published.RMS_NORM.values())
+        cells = ("–" if r is None else f"{r} ({r / published.PEAK:.0%})" for r in theirs)
+        rows.append((str(case["shape"][-1]), f"{rate / 1e9:.0f} ({rate / top:.0%})", *cells))
+    note = (
+        "GB/s by row length, forward, bfloat16. fastnorm's were measured here: in brackets the "
+        "share of a copy's speed. The others are an H100's, from quack's published plot: in "
+        f"brackets the share of its peak of {published.PEAK} GB/s."
+    )
+    columns = ("row", OURS, *(f"{name}, published" for name in published.RMS_NORM))
+    return [Table("RMSNorm beside published figures", columns, rows, note)] if rows else []
 
 
 def _all(result: Mapping[str, Any]) -> Table:
@@ -112,11 +136,14 @@ def write(folder: Path, result: Mapping[str, Any]) -> None:
     setting = [(name, str(value)) for name, value in result["machine"].items()]
     setting += [(name, value or "not installed") for name, value in result["versions"].items()]
     pictures = bench_plots.pictures(result)
-    summary, everything = tables(result)
+    summary, *more = tables(result)
     parts = [summary.in_html()]
     parts += [html.paragraph(sentence) for sentence in sentences(result)]
     parts += [report.picture(title, png) for title, _, png in pictures]
-    parts += [everything.in_html(), Table("Machine and versions", ("", ""), setting).in_html()]
+    parts += [
+        *(table.in_html() for table in more),
+        Table("Machine and versions", ("", ""), setting).in_html(),
+    ]
     lead = f"{result['machine']['name']}, {result['date']}"
     report.write_json(folder / "result.json", result)
     for _, file, png in pictures:
