@@ -3,8 +3,9 @@
     python bench/bench_calls.py [--rounds N] [--out FILE]
 
 Every module against torch.nn's on a CPU; then what the host does for a launch, with kernels that
-return at once: as a call of this library does it, and by the operators of torch.library, which a
-graph needs and a call does without. Forward alone is without gradients.
+return at once: what this library does, what Triton adds to find and start its kernels (idle.py),
+and what the operators of torch.library would add, which a graph needs and a call does without.
+Forward alone is without gradients.
 """
 
 import argparse
@@ -16,11 +17,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from idle import idle
 from torch import Tensor, nn
 from triton.runtime.jit import JITFunction
 
 import fastnorm
-from fastnorm import backend
 from fastnorm.bench.harness import GAUGE, compare, device_name, table, write_json
 
 
@@ -116,31 +117,34 @@ def _yes(x: Tensor) -> bool:
 
 @contextlib.contextmanager
 def launching_nothing() -> Iterator[None]:
-    """Within the block CPU tensors take the launchers, and no kernel runs."""
-    with (
-        mock.patch.object(JITFunction, "run", _nothing),
-        mock.patch.object(backend, "_require_triton", _nothing),
-        fastnorm.use_backend("triton"),
-    ):
+    """Within the block CPU tensors take the launchers, and Triton is not even asked."""
+    with mock.patch.object(JITFunction, "run", _nothing), idle():
         yield
 
 
 @contextlib.contextmanager
-def _by_operators() -> Iterator[None]:
+def by_operators() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for family in FAMILIES:
             module = importlib.import_module(f"fastnorm.ops.{family}")
             stack.enter_context(mock.patch.object(module, "recorded", _yes))
+        stack.enter_context(launching_nothing())
         yield
 
 
 FAMILIES = ("batch_norm", "group_norm", "layer_norm", "linear_batch_norm")
 TIMES = 200  # calls of a sample: entering and leaving a patch takes longer than one
+WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
+    "ours": launching_nothing,
+    "triton": idle,
+    "operators": by_operators,
+    "torch": contextlib.nullcontext,
+}
 
 
-def _repeated(call: Callable[[], Any], by_operators: bool) -> Callable[[], None]:
+def _repeated(call: Callable[[], Any], way: str) -> Callable[[], None]:
     def many() -> None:
-        with _by_operators() if by_operators else contextlib.nullcontext():
+        with WAYS[way]():
             for _ in range(TIMES):
                 call()
 
@@ -148,7 +152,7 @@ def _repeated(call: Callable[[], Any], by_operators: bool) -> Callable[[], None]
 
 
 def of_a_launch(rounds: int) -> tuple[list[list[object]], list[dict[str, Any]]]:
-    """Microseconds of ours, of torch.nn's on a CPU, and what the operators add."""
+    """Microseconds of ours, what Triton and what the operators add, and torch.nn's on a CPU."""
     rows, results = [], []
     for name, (ours, theirs, shape, count) in MODULES.items():
         row: list[object] = [name]
@@ -156,14 +160,15 @@ def of_a_launch(rounds: int) -> tuple[list[list[object]], list[dict[str, Any]]]:
         reference = _calls(theirs(), inputs)
         with launching_nothing():
             direct = _calls(ours(), inputs)
-            for stage, call in direct.items():
-                inner = {"ours": call, "operators": call, "torch": reference[stage]}
-                ways = {way: _repeated(inner[way], way == "operators") for way in inner}
-                found = compare(ways, "torch", rounds=rounds)
-                best = {way: found[way].best * 1e6 / TIMES for way in ways}
-                row += [best["ours"], best["operators"] - best["ours"], best["torch"]]
-                results.append({"launch": name, "pass": stage, "calls": TIMES,
-                                **{way: found.extra_info(way) for way in ways}})  # fmt: skip
+        for stage, call in direct.items():
+            inner = dict.fromkeys(WAYS, call) | {"torch": reference[stage]}
+            ways = {way: _repeated(inner[way], way) for way in WAYS}
+            found = compare(ways, "torch", rounds=rounds)
+            best = {way: found[way].best * 1e6 / TIMES for way in ways}
+            row += [best["ours"], *(best[w] - best["ours"] for w in ("triton", "operators"))]
+            row.append(best["torch"])
+            results.append({"launch": name, "pass": stage, "calls": TIMES,
+                            **{way: found.extra_info(way) for way in ways}})  # fmt: skip
         rows.append(row)
     return rows, results
 
@@ -179,15 +184,8 @@ def main() -> None:
     header = ["CPU", "fwd us", "torch/ours", "gauge", "fwd+bwd us", "torch/ours", "gauge"]
     print(table(header, rows))
     rows, more = of_a_launch(options.rounds)
-    header = [
-        "launch",
-        "fwd us",
-        "+ operators",
-        "torch CPU",
-        "fwd+bwd us",
-        "+ operators",
-        "torch CPU",
-    ]
+    more_of_each = ["+ triton", "+ operators", "torch CPU"]
+    header = ["launch", "fwd us", *more_of_each, "fwd+bwd us", *more_of_each]
     print(table(header, rows))
     if options.out:
         write_json(options.out, "cpu", results + more)
