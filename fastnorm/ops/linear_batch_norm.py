@@ -21,7 +21,7 @@ from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels.launch import ChannelView, device_of
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
-from fastnorm.ops.channels import changed
+from fastnorm.ops.channels import changed, left_to_eager
 from fastnorm.ops.layout import as_recorded, as_vector, channel_view, on_device_of, recorded
 from fastnorm.ops.library import linear_batch_norm as library
 from fastnorm.ops.library import linear_batch_norm_epilogue as epilogue_library
@@ -198,8 +198,8 @@ def linear_batch_norm(
     buffers: tuple[Tensor | None, ...] = (running_mean, running_var)
     if not training:
         buffers = tuple(None if b is None else b.contiguous() for b in buffers)
-    elif any(b is not None and not b.is_contiguous() for b in buffers):
-        algorithm = "unfused"  # moved in place, and the kernels know no strides of theirs
+    elif left_to_eager(input, None, *buffers):
+        algorithm = "unfused"
     if weight.numel() == 0 or x.numel() == 0 or (algorithm == "epilogue" and not view.columns):
         algorithm = "unfused"
     as_rows = algorithm == "epilogue" and x.ndim > 2
