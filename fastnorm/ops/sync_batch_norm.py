@@ -18,7 +18,7 @@ from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels import sync_batch_norm as sync
 from fastnorm.kernels.launch import ChannelView
 from fastnorm.ops.channels import changed, left_to_eager, residual_gradient
-from fastnorm.ops.layout import as_vector, channel_view, laid_out_as, on_device_of
+from fastnorm.ops.layout import as_vector, channel_view, in_memory, laid_out_as, on_device_of
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -89,7 +89,7 @@ class ProductFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, view: ChannelView
     ) -> tuple[Tensor, ...]:
         with on_device_of(x):
-            bias = None if bias is None else bias.contiguous()
+            bias = None if bias is None else in_memory(bias).contiguous()
             z, found = epilogue.product(x, weight, bias, view, training=True)
         assert found is not None
         ctx.mark_non_differentiable(*found)
