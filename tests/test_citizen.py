@@ -450,3 +450,32 @@ def test_deterministic_algorithms(backend, deterministic, name, training):
         results.append([y, *gradients(module, y, x), *module.buffers()])
     assert all(map(torch.equal, *results))
     assert all(t.isfinite().all() for t in results[0])
+
+
+# ---- tensors whose memory is not their values ----------------------------------------------------
+def _negated(t: Tensor) -> Tensor:
+    """The same values, as the imaginary part of a conjugate: torch negates what it reads."""
+    view = torch.view_as_complex(torch.stack([t, -t], -1)).conj().imag
+    assert view.is_neg()
+    return view
+
+
+@each_mode
+@each_twin
+def test_views_that_are_negated(backend, name, training):
+    """Kernels see memory, not what torch makes of it: input, dy and parameters may be negated."""
+    twin, found = TWINS[name], []
+    for like in (Tensor.clone, _negated, lambda t: torch._neg_view(-t)):
+        module = twin.both(backend)[0].train(training)
+        for layer in module.modules():
+            for key, parameter in layer._parameters.items():
+                if parameter is not None:
+                    layer._parameters[key] = nn.Parameter(like(parameter.detach()))
+        x = like(twin.batch(backend)).requires_grad_()
+        y = module(x)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(2)).to(y)
+        leaves = [x, *module.parameters()]
+        found.append([y, *torch.autograd.grad(y, leaves, like(dy)), *module.buffers()])
+    for other in found[1:]:
+        for got, want in zip(other, found[0], strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from cases import assert_close
 from torch import Tensor
+from torch._dynamo import compiled_autograd
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
@@ -312,6 +313,24 @@ def test_what_changes_between_calls(backend):
             module.momentum, module.eps = momentum, eps
             module.train(training)
         assert_alike(everything(compiled, norm, [x]), everything(plain, plain, [x]))
+
+
+@each_case
+def test_compiled_autograd(backend, case, training):
+    """The backward alone is compiled, of a forward that was not: torch traces it itself."""
+    module = module_of(case, backend, training)
+    plain, inputs = copy.deepcopy(module), inputs_of(case, backend, 5)
+    wanted = everything(plain, plain, inputs)
+    found = module(*inputs)
+    outputs = list(found) if isinstance(found, tuple) else [found]
+    generator = torch.Generator(outputs[0].device).manual_seed(0)
+    dys = [torch.randn(y.shape, device=y.device, generator=generator) for y in outputs]
+    with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=True)):
+        torch.autograd.backward(outputs, dys)
+    leaves = [*inputs, *module.parameters()]
+    got = [*outputs, *(leaf.grad for leaf in leaves), *module.buffers()]
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["no_grad", "inference_mode"])

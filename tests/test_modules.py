@@ -603,6 +603,33 @@ def test_trains_and_evaluates_inside_inference_mode(backend):
         ours.eval()(torch.ones(2, 3, device=backend))
 
 
+TRACKING = {
+    "BatchNorm1d": lambda kind: kind(3),
+    "InstanceNorm1d": lambda kind: kind(3, affine=True, track_running_stats=True),
+}
+
+
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "no gradient"])
+@pytest.mark.parametrize("name", TRACKING)
+def test_buffers_made_inside_inference_mode(backend, name, gradient):
+    """They move, or may not, as torch's; outside it only some operators may change them."""
+    found = []
+    for library in (fastnorm, nn):
+        norm = TRACKING[name](getattr(library, name)).to(backend)
+        with torch.inference_mode():
+            norm.running_mean = torch.zeros(3, device=backend)
+            norm.running_var = torch.ones(3, device=backend)
+        x = torch.arange(24.0, device=backend).view(2, 3, 4).requires_grad_(gradient)
+        try:
+            with torch.set_grad_enabled(gradient):
+                norm(x)
+            found.append(norm.running_mean.tolist())
+        except RuntimeError as error:
+            found.append(str(error).split(".")[0])
+    assert found[0] == pytest.approx(found[1])
+    assert isinstance(found[0], str) == (gradient or name == "InstanceNorm1d")
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("changed", ["input", "weight", "bias", "output", "nothing"])
 def test_a_change_in_place_is_noticed_where_torch_notices(backend, changed, training):
@@ -675,6 +702,35 @@ def test_autocast_with_a_wider_residual(backend):
         x = torch.randn(4, 3, device=backend, dtype=torch.bfloat16)
         assert norm(x, torch.randn(4, 3, device=backend)).dtype is torch.float32
         assert norm(x, x).dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("activation", ["identity", "silu"])
+@pytest.mark.parametrize(
+    "norm",
+    [
+        fastnorm.BatchNorm1d(4),
+        fastnorm.GroupNorm(2, 4),
+        fastnorm.GroupNorm(1, 4),
+        fastnorm.InstanceNorm1d(4, affine=True, track_running_stats=True),
+    ],
+    ids=repr,
+)
+def test_a_float64_residual_keeps_its_digits(backend, norm, activation):
+    """It is added in float64, as torch adds it, to what is normalized in float32."""
+    norm = copy.deepcopy(norm).to(backend)
+    norm.activation = activation
+    wide = copy.deepcopy(norm).double()
+    x = torch.randn(6, 4, 8, generator=torch.Generator().manual_seed(0)).to(backend)
+    residual = x.double().flip(0) * 1e6 + 1 / 3
+    for training in (True, False):
+        leaves = [x.clone().requires_grad_(), residual.clone().requires_grad_()]
+        wider = [t.detach().double().requires_grad_() for t in leaves]
+        y, want = norm.train(training)(*leaves), wide.train(training)(*wider)
+        torch.testing.assert_close(y, want, rtol=1e-11, atol=1e-5)
+        dy = torch.cos(want.detach())
+        got = torch.autograd.grad(y, leaves, dy)
+        for one, other in zip(got, torch.autograd.grad(want, wider, dy), strict=True):
+            torch.testing.assert_close(one, other.to(one.dtype), rtol=1e-5, atol=1e-4)
 
 
 # ---- what else torch does with a module ----------------------------------------------------------

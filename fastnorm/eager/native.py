@@ -200,7 +200,8 @@ def is_differentiated(dy: Tensor) -> bool:
     return (
         torch.is_grad_enabled()
         or transformed()
-        or torch._C._functorch.is_legacy_batchedtensor(dy)  # of is_grads_batched
+        # of is_grads_batched; a graph of autograd's that is compiled has none
+        or (not torch.compiler.is_compiling() and torch._C._functorch.is_legacy_batchedtensor(dy))
     )
 
 

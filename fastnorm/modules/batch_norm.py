@@ -7,10 +7,13 @@ from torch import Tensor
 
 from fastnorm import checks, functional
 from fastnorm.modules.attributes import as_node, buffer, is_symbolic, parameter
+from fastnorm.modules.scripted import finished, is_scripting, method_of
 
 
 class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
     """What the three share: torch's parameters, buffers and rules, our function."""
+
+    forward_of_torch = method_of(torch.nn.modules.batchnorm._BatchNorm.forward)
 
     def __init__(
         self,
@@ -51,15 +54,19 @@ class _BatchNorm(torch.nn.modules.batchnorm._BatchNorm):
         return None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_symbolic(self, input):
-            return as_node(self, input, residual)  # type: ignore[no-any-return]
-        self.check_rank(input)
-        mean, var, training, momentum, count = self.statistics()
-        weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        return functional.batch_norm(
-            input, mean, var, weight, bias, training, momentum, self.eps,
-            residual=residual, activation=self.activation, num_batches_tracked=count,
-        )  # fmt: skip
+        if is_scripting():
+            y = finished(self.forward_of_torch(input), residual, self.activation)
+        elif is_symbolic(self, input):
+            y = as_node(self, input, residual)
+        else:
+            self.check_rank(input)
+            mean, var, training, momentum, count = self.statistics()
+            weight, bias = parameter(self, "weight"), parameter(self, "bias")
+            y = functional.batch_norm(
+                input, mean, var, weight, bias, training, momentum, self.eps,
+                residual=residual, activation=self.activation, num_batches_tracked=count,
+            )  # fmt: skip
+        return y
 
     def check_rank(self, input: Tensor) -> None:
         """Raise torch's ValueError where `input` has another rank than this class normalizes."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from fastnorm import checks, functional
 from fastnorm.modules.attributes import as_node, buffer, is_symbolic, parameter, with_activation
+from fastnorm.modules.scripted import finished, is_scripting, method_of
 
 
 class GroupNorm(torch.nn.GroupNorm):
@@ -25,6 +26,8 @@ class GroupNorm(torch.nn.GroupNorm):
     True
     """
 
+    forward_of_torch = method_of(torch.nn.GroupNorm.forward)
+
     def __init__(
         self,
         num_groups: int,
@@ -38,12 +41,16 @@ class GroupNorm(torch.nn.GroupNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_symbolic(self, input):
-            return as_node(self, input, residual)  # type: ignore[no-any-return]
-        return functional.group_norm(
-            input, self.num_groups, parameter(self, "weight"), parameter(self, "bias"), self.eps,
-            residual=residual, activation=self.activation,
-        )  # fmt: skip
+        if is_scripting():
+            y = finished(self.forward_of_torch(input), residual, self.activation)
+        elif is_symbolic(self, input):
+            y = as_node(self, input, residual)
+        else:
+            y = functional.group_norm(
+                input, self.num_groups, parameter(self, "weight"), parameter(self, "bias"),
+                self.eps, residual=residual, activation=self.activation,
+            )  # fmt: skip
+        return y
 
     def extra_repr(self) -> str:
         return with_activation(super().extra_repr(), self.activation)
@@ -51,6 +58,8 @@ class GroupNorm(torch.nn.GroupNorm):
 
 class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
     """What the three share: torch's parameters, buffers and rules, our function."""
+
+    forward_of_torch = method_of(torch.nn.modules.instancenorm._InstanceNorm.forward)
 
     def __init__(
         self, num_features: int, *args: Any, activation: str = "identity", **kwargs: Any
@@ -60,15 +69,20 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_symbolic(self, input):
-            return as_node(self, input, residual)  # type: ignore[no-any-return]
-        self._check_input_dim(input)  # type: ignore[no-untyped-call]
-        unbatched = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
-        self._check_features(input.shape[0 if unbatched else 1], 0 if unbatched else 1)
-        if not unbatched:
-            return self._normalized(input, residual)
-        residual = None if residual is None else residual.unsqueeze(0)
-        return self._normalized(input.unsqueeze(0), residual).squeeze(0)
+        if is_scripting():
+            y = finished(self.forward_of_torch(input), residual, self.activation)
+        elif is_symbolic(self, input):
+            y = as_node(self, input, residual)
+        else:
+            self._check_input_dim(input)  # type: ignore[no-untyped-call]
+            unbatched = input.dim() == self._get_no_batch_dim()  # type: ignore[no-untyped-call]
+            self._check_features(input.shape[0 if unbatched else 1], 0 if unbatched else 1)
+            if unbatched:
+                residual = None if residual is None else residual.unsqueeze(0)
+                y = self._normalized(input.unsqueeze(0), residual).squeeze(0)
+            else:
+                y = self._normalized(input, residual)
+        return y
 
     def _normalized(self, input: Tensor, residual: Tensor | None) -> Tensor:
         use_input_stats = self.training or not self.track_running_stats

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastnorm import checks, functional
 from fastnorm.modules.attributes import as_node, is_symbolic, parameter, with_activation
+from fastnorm.modules.scripted import finished, is_scripting, method_of
 
 
 class LayerNorm(torch.nn.LayerNorm):
@@ -22,6 +23,8 @@ class LayerNorm(torch.nn.LayerNorm):
     torch.Size([2, 5, 8])
     """
 
+    forward_of_torch = method_of(torch.nn.LayerNorm.forward)
+
     def __init__(
         self,
         normalized_shape: int | list[int] | torch.Size,
@@ -34,12 +37,16 @@ class LayerNorm(torch.nn.LayerNorm):
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_symbolic(self, input):
-            return as_node(self, input)  # type: ignore[no-any-return]
-        return functional.layer_norm(
-            input, self.normalized_shape, parameter(self, "weight"), parameter(self, "bias"),
-            self.eps, activation=self.activation,
-        )  # fmt: skip
+        if is_scripting():
+            y = finished(self.forward_of_torch(input), None, self.activation)
+        elif is_symbolic(self, input):
+            y = as_node(self, input)
+        else:
+            y = functional.layer_norm(
+                input, self.normalized_shape, parameter(self, "weight"), parameter(self, "bias"),
+                self.eps, activation=self.activation,
+            )  # fmt: skip
+        return y
 
     def extra_repr(self) -> str:
         return with_activation(super().extra_repr(), self.activation)
@@ -58,6 +65,8 @@ class RMSNorm(torch.nn.RMSNorm):
     tensor([[1., 1., 1., 1.]])
     """
 
+    forward_of_torch = method_of(torch.nn.RMSNorm.forward)
+
     def __init__(
         self,
         normalized_shape: int | list[int] | torch.Size,
@@ -70,12 +79,16 @@ class RMSNorm(torch.nn.RMSNorm):
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:
-        if is_symbolic(self, x):
-            return as_node(self, x)  # type: ignore[no-any-return]
-        return functional.rms_norm(
-            x, self.normalized_shape, parameter(self, "weight"), self.eps,
-            activation=self.activation,
-        )  # fmt: skip
+        if is_scripting():
+            y = finished(self.forward_of_torch(x), None, self.activation)
+        elif is_symbolic(self, x):
+            y = as_node(self, x)
+        else:
+            y = functional.rms_norm(
+                x, self.normalized_shape, parameter(self, "weight"), self.eps,
+                activation=self.activation,
+            )  # fmt: skip
+        return y
 
     def extra_repr(self) -> str:
         return with_activation(super().extra_repr(), self.activation)
@@ -96,13 +109,18 @@ class AddLayerNorm(LayerNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if is_symbolic(self, input):
-            return as_node(self, input, residual)  # type: ignore[no-any-return]
-        return functional.add_layer_norm(
-            input, residual, self.normalized_shape,
-            parameter(self, "weight"), parameter(self, "bias"), self.eps,
-            activation=self.activation,
-        )  # fmt: skip
+        if is_scripting():
+            total = input + residual
+            both = finished(self.forward_of_torch(total), None, self.activation), total
+        elif is_symbolic(self, input):
+            both = as_node(self, input, residual)
+        else:
+            both = functional.add_layer_norm(
+                input, residual, self.normalized_shape,
+                parameter(self, "weight"), parameter(self, "bias"), self.eps,
+                activation=self.activation,
+            )  # fmt: skip
+        return both
 
 
 class AddRMSNorm(RMSNorm):
@@ -120,9 +138,14 @@ class AddRMSNorm(RMSNorm):
     """
 
     def forward(self, input: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
-        if is_symbolic(self, input):
-            return as_node(self, input, residual)  # type: ignore[no-any-return]
-        return functional.add_rms_norm(
-            input, residual, self.normalized_shape, parameter(self, "weight"), self.eps,
-            activation=self.activation,
-        )  # fmt: skip
+        if is_scripting():
+            total = input + residual
+            both = finished(self.forward_of_torch(total), None, self.activation), total
+        elif is_symbolic(self, input):
+            both = as_node(self, input, residual)
+        else:
+            both = functional.add_rms_norm(
+                input, residual, self.normalized_shape, parameter(self, "weight"), self.eps,
+                activation=self.activation,
+            )  # fmt: skip
+        return both

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastnorm import functional
 from fastnorm.modules.attributes import as_node, child, is_symbolic, operands, parameter
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastnorm.modules.scripted import is_scripting
 
 
 class LinearBatchNorm(torch.nn.Module):
@@ -47,20 +48,25 @@ class LinearBatchNorm(torch.nn.Module):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_symbolic(self, input):
-            return as_node(self, input)  # type: ignore[no-any-return]
-        norm = child(self, "norm")
-        if input.ndim < 2:
-            raise ValueError(
-                f"expected input (*, in_features) with at least 2 axes, got {input.ndim}"
-            )
-        weight, bias = operands(child(self, "linear"))
-        mean, var, training, momentum, count = norm.statistics()
-        return functional.linear_batch_norm(
-            input, weight, bias, mean, var, parameter(norm, "weight"), parameter(norm, "bias"),
-            training, momentum, norm.eps,
-            activation=norm.activation, num_batches_tracked=count, process_group=norm.group(),
-        )  # fmt: skip
+        if is_scripting():
+            z = self.linear(input)
+            y = self.norm(z.flatten(0, -2)).view_as(z)
+        elif is_symbolic(self, input):
+            y = as_node(self, input)
+        else:
+            norm = child(self, "norm")
+            if input.ndim < 2:
+                raise ValueError(
+                    f"expected input (*, in_features) with at least 2 axes, got {input.ndim}"
+                )
+            weight, bias = operands(child(self, "linear"))
+            mean, var, training, momentum, count = norm.statistics()
+            y = functional.linear_batch_norm(
+                input, weight, bias, mean, var, parameter(norm, "weight"), parameter(norm, "bias"),
+                training, momentum, norm.eps,
+                activation=norm.activation, num_batches_tracked=count, process_group=norm.group(),
+            )  # fmt: skip
+        return y  # type: ignore[no-any-return]
 
 
 class _ConvBatchNorm(torch.nn.Module):
@@ -100,18 +106,22 @@ class _ConvBatchNorm(torch.nn.Module):
         )  # fmt: skip
 
     def forward(self, input: Tensor) -> Tensor:
-        if is_symbolic(self, input):
-            return as_node(self, input)  # type: ignore[no-any-return]
-        conv, norm = child(self, "conv"), child(self, "norm")
-        norm.check_rank(input)
-        weight, bias = operands(conv)
-        mean, var, training, momentum, count = norm.statistics()
-        return functional.conv_batch_norm(
-            input, weight, bias, mean, var, parameter(norm, "weight"), parameter(norm, "bias"),
-            training, momentum, norm.eps,
-            stride=conv.stride, padding=conv.padding, dilation=conv.dilation, groups=conv.groups,
-            activation=norm.activation, num_batches_tracked=count, process_group=norm.group(),
-        )  # fmt: skip
+        if is_scripting():
+            y = self.norm(self.conv(input))
+        elif is_symbolic(self, input):
+            y = as_node(self, input)
+        else:
+            conv, norm = child(self, "conv"), child(self, "norm")
+            norm.check_rank(input)
+            weight, bias = operands(conv)
+            mean, var, training, momentum, count = norm.statistics()
+            y = functional.conv_batch_norm(
+                input, weight, bias, mean, var, parameter(norm, "weight"), parameter(norm, "bias"),
+                training, momentum, norm.eps, stride=conv.stride, padding=conv.padding,
+                dilation=conv.dilation, groups=conv.groups, activation=norm.activation,
+                num_batches_tracked=count, process_group=norm.group(),
+            )  # fmt: skip
+        return y  # type: ignore[no-any-return]
 
 
 class Conv1dBatchNorm(_ConvBatchNorm):

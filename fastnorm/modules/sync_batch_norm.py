@@ -13,6 +13,7 @@ from fastnorm import functional
 from fastnorm.distributed import group_of
 from fastnorm.modules.attributes import as_node, is_symbolic, parameter
 from fastnorm.modules.batch_norm import _BatchNorm
+from fastnorm.modules.scripted import finished, is_scripting
 
 
 class SyncBatchNorm(_BatchNorm):
@@ -66,20 +67,26 @@ class SyncBatchNorm(_BatchNorm):
         return group_of(self.process_group) if self.training else None
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        if is_symbolic(self, input):
-            return as_node(self, input, residual)  # type: ignore[no-any-return]
-        self.check_rank(input)
-        mean, var, training, momentum, count = self.statistics()
-        weight, bias = parameter(self, "weight"), parameter(self, "bias")
-        return functional.batch_norm(
-            input, mean, var, weight, bias, training, momentum, self.eps,
-            residual=residual, activation=self.activation, num_batches_tracked=count,
-            process_group=self.group(),
-        )  # fmt: skip
+        if is_scripting():
+            if self.training:
+                raise RuntimeError("a SyncBatchNorm in TorchScript has no processes: call eval()")
+            y = finished(self.forward_of_torch(input), residual, self.activation)
+        elif is_symbolic(self, input):
+            y = as_node(self, input, residual)
+        else:
+            self._check_input_dim(input)
+            mean, var, training, momentum, count = self.statistics()
+            weight, bias = parameter(self, "weight"), parameter(self, "bias")
+            y = functional.batch_norm(
+                input, mean, var, weight, bias, training, momentum, self.eps,
+                residual=residual, activation=self.activation, num_batches_tracked=count,
+                process_group=self.group(),
+            )  # fmt: skip
+        return y
 
-    def check_rank(self, input: Tensor) -> None:
-        if input.ndim < 2:
-            raise ValueError(f"expected at least 2D input (got {input.ndim}D input)")
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2D input (got {input.dim()}D input)")
         if input.shape[1] == 0:
             raise ValueError("SyncBatchNorm number of input channels should be non-zero")
 

@@ -9,7 +9,13 @@ from fastnorm import eager
 from fastnorm.eager import native
 from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels.launch import ChannelView
-from fastnorm.ops.channels import changed, differentiable_gradients, residual_gradient, save
+from fastnorm.ops.channels import (
+    changed,
+    differentiable_gradients,
+    left_to_eager,
+    residual_gradient,
+    save,
+)
 from fastnorm.ops.layout import as_vector, channel_view, laid_out_as, on_device_of, recorded
 from fastnorm.ops.library import batch_norm as library
 
@@ -100,8 +106,7 @@ def batch_norm(
     """`functional.batch_norm` on Triton kernels; arguments are already checked."""
     if running_mean is not None and running_var is not None and not training:
         running_mean, running_var = running_mean.contiguous(), running_var.contiguous()
-    if any(b is not None and not b.is_contiguous() for b in (running_mean, running_var)):
-        # moved in place, and the kernels know no strides of theirs
+    if left_to_eager(input, residual, running_mean, running_var):
         return eager.batch_norm(
             input, running_mean, running_var, weight, bias,
             training, momentum, eps, residual, activation, num_batches_tracked,

@@ -16,6 +16,21 @@ Saved: TypeAlias = tuple[
 ]  # fmt: skip
 
 
+def left_to_eager(input: Tensor, residual: Tensor | None, *buffers: Tensor | None) -> bool:
+    """Whether kernels would lose what torch's operators keep, or move what those do not.
+
+    A float64 residual is added in float64 whatever the input is, and kernels compute in one type.
+    Of buffers they know no strides; of an inference tensor torch has rules where it may change.
+    """
+    if residual is not None and residual.dtype is torch.float64 is not input.dtype:
+        return True
+    return any(
+        b is not None
+        and (not b.is_contiguous() or (b.is_inference() and not torch.is_inference_mode_enabled()))
+        for b in buffers
+    )
+
+
 def changed(*buffers: Tensor | None) -> None:
     """Tell autograd of buffers that a kernel has moved."""
     for buffer in buffers:

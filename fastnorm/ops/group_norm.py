@@ -10,7 +10,13 @@ from fastnorm.eager import native
 from fastnorm.kernels import group_norm as kernels
 from fastnorm.kernels.launch import ChannelView
 from fastnorm.ops.batch_norm import batch_norm
-from fastnorm.ops.channels import changed, differentiable_gradients, residual_gradient, save
+from fastnorm.ops.channels import (
+    changed,
+    differentiable_gradients,
+    left_to_eager,
+    residual_gradient,
+    save,
+)
 from fastnorm.ops.layer_norm import layer_norm
 from fastnorm.ops.layout import as_vector, laid_out_as, on_device_of, recorded, sample_view
 from fastnorm.ops.library import group_norm as library
@@ -127,6 +133,8 @@ def group_norm(
     """`functional.group_norm` on Triton kernels; arguments are already checked."""
     if num_groups == 1 and input.ndim == 2 and residual is None:  # rows, of which those know more
         return layer_norm(input, input.shape[1:], weight, bias, eps, activation)
+    if left_to_eager(input, residual):
+        return eager.group_norm(input, num_groups, weight, bias, eps, residual, activation)
     y_dtype = native.output_dtype(input, residual)
     return _normalized(
         input, num_groups, weight, bias, None, None, 0.0, eps, residual, activation, y_dtype
@@ -151,8 +159,7 @@ def instance_norm(
             input, running_mean, running_var, weight, bias,
             False, momentum, eps, residual, activation, None,
         )  # fmt: skip
-    if any(b is not None and not b.is_contiguous() for b in (running_mean, running_var)):
-        # moved in place, and the kernels know no strides of theirs
+    if left_to_eager(input, residual, running_mean, running_var):
         return eager.instance_norm(
             input, running_mean, running_var, weight, bias,
             use_input_stats, momentum, eps, residual, activation,

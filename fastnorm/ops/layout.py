@@ -12,6 +12,7 @@ from fastnorm.kernels.launch import ChannelView
 
 def channel_view(x: Tensor) -> tuple[Tensor, ChannelView]:
     """`x`, or the one copy it takes to make it dense, and its view by channels (axis 1)."""
+    x = in_memory(x)
     batch, channels = x.shape[:2]
     positions = math.prod(x.shape[2:])
     if x.movedim(1, -1).is_contiguous():
@@ -22,6 +23,14 @@ def channel_view(x: Tensor) -> tuple[Tensor, ChannelView]:
         dense = x.movedim(1, -1).contiguous().movedim(-1, 1)
         return dense, ChannelView(1, channels, batch * positions, columns=True)
     return x.contiguous(), ChannelView(batch, channels, positions, columns=False)
+
+
+def in_memory(t: Tensor) -> Tensor:
+    """`t`, or the copy it takes that memory has its values, which kernels read.
+
+    It has not where torch negates what it reads, as in the imaginary part of a conjugate.
+    """
+    return t.resolve_neg()
 
 
 def sample_view(x: Tensor) -> tuple[Tensor, ChannelView]:
@@ -46,24 +55,27 @@ def view_of(x: Tensor, columns: bool, by_sample: bool = False) -> ChannelView:
 def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
     """`t` with the strides of the dense `x`: itself, or a copy."""
     if t.stride() == x.stride():
-        return t
+        return in_memory(t)
     return torch.empty_like(x, dtype=t.dtype).copy_(t)
 
 
 def as_rows(x: Tensor, size: int) -> Tensor:
     """`x` as (rows, size) with a contiguous last axis: a view, or the one copy that it takes."""
-    rows = x.reshape(-1, size)
+    rows = in_memory(x).reshape(-1, size)
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
 
 def as_vector(t: Tensor | None) -> Tensor | None:
     """A parameter as a dense vector: itself, a view, or a copy."""
-    return None if t is None else (t if t.ndim == 1 else t.reshape(-1)).contiguous()
+    return None if t is None else in_memory(t if t.ndim == 1 else t.reshape(-1)).contiguous()
 
 
 def recorded(x: Tensor) -> bool:
-    """Whether someone is to see which operators run, and kernels must be operators, too."""
-    return native.observed(x)
+    """Whether someone is to see which operators run, and kernels must be operators, too.
+
+    Dynamo traces a backward itself where torch compiles autograd's graph ("compiled autograd").
+    """
+    return torch.compiler.is_compiling() or native.observed(x)
 
 
 def as_recorded(size: int | torch.SymInt) -> int:

@@ -21,8 +21,15 @@ from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels.launch import ChannelView, device_of
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
-from fastnorm.ops.channels import changed
-from fastnorm.ops.layout import as_recorded, as_vector, channel_view, on_device_of, recorded
+from fastnorm.ops.channels import changed, left_to_eager
+from fastnorm.ops.layout import (
+    as_recorded,
+    as_vector,
+    channel_view,
+    in_memory,
+    on_device_of,
+    recorded,
+)
 from fastnorm.ops.library import linear_batch_norm as library
 from fastnorm.ops.library import linear_batch_norm_epilogue as epilogue_library
 from fastnorm.ops.sync_batch_norm import ProductFunction, sync_batch_norm
@@ -154,7 +161,7 @@ class EpilogueFunction(torch.autograd.Function):
         dbeta_dtype = norm_bias.dtype if wanted[4] else None
         with on_device_of(x):
             dx, dw, db, dgamma, dbeta = (epilogue_library if recorded(x) else epilogue).backward(
-                dy.contiguous(), x, z, weight, norm_weight, norm_bias, stats,
+                in_memory(dy).contiguous(), x, z, weight, norm_weight, norm_bias, stats,
                 ctx.training, ctx.activation, (*wanted[:4], dbeta_dtype),
             )  # fmt: skip
         db = bias_gradient(db, wanted[2], ctx.bias_like)
@@ -163,6 +170,7 @@ class EpilogueFunction(torch.autograd.Function):
 
 def _laid_out(t: Tensor, view: ChannelView) -> Tensor:
     """`t`, or the copy it takes to have its channels where the view has them."""
+    t = in_memory(t)
     if view.columns:
         return t.movedim(1, -1).contiguous().movedim(-1, 1)
     return t.contiguous()
@@ -198,8 +206,8 @@ def linear_batch_norm(
     buffers: tuple[Tensor | None, ...] = (running_mean, running_var)
     if not training:
         buffers = tuple(None if b is None else b.contiguous() for b in buffers)
-    elif any(b is not None and not b.is_contiguous() for b in buffers):
-        algorithm = "unfused"  # moved in place, and the kernels know no strides of theirs
+    elif left_to_eager(input, None, *buffers):
+        algorithm = "unfused"
     if weight.numel() == 0 or x.numel() == 0 or (algorithm == "epilogue" and not view.columns):
         algorithm = "unfused"
     as_rows = algorithm == "epilogue" and x.ndim > 2
@@ -207,7 +215,7 @@ def linear_batch_norm(
         found = None
         if algorithm == "epilogue":
             rows = x.movedim(1, -1).flatten(0, -2) if as_rows else x
-            z, *found = ProductFunction.apply(rows, weight.contiguous(), bias, view)
+            z, *found = ProductFunction.apply(rows, in_memory(weight).contiguous(), bias, view)
             z = z.view(x.shape[0], *x.shape[2:], -1).movedim(-1, 1) if as_rows else z
         else:
             z = product(input, weight, bias, training)
@@ -224,8 +232,8 @@ def linear_batch_norm(
     function = GramFunction if algorithm == "gram" else EpilogueFunction
     y: Tensor = function.apply(
         x.movedim(1, -1).flatten(0, -2) if as_rows else x,
-        weight.contiguous(),
-        None if bias is None else bias.contiguous(),
+        in_memory(weight).contiguous(),
+        None if bias is None else in_memory(bias).contiguous(),
         as_vector(norm_weight),
         as_vector(norm_bias),
         *buffers,

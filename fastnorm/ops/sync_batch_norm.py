@@ -17,8 +17,8 @@ from fastnorm.kernels import batch_norm as kernels
 from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
 from fastnorm.kernels import sync_batch_norm as sync
 from fastnorm.kernels.launch import ChannelView
-from fastnorm.ops.channels import changed, residual_gradient
-from fastnorm.ops.layout import as_vector, channel_view, laid_out_as, on_device_of
+from fastnorm.ops.channels import changed, left_to_eager, residual_gradient
+from fastnorm.ops.layout import as_vector, channel_view, in_memory, laid_out_as, on_device_of
 
 
 class SyncBatchNormFunction(torch.autograd.Function):
@@ -89,7 +89,7 @@ class ProductFunction(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, view: ChannelView
     ) -> tuple[Tensor, ...]:
         with on_device_of(x):
-            bias = None if bias is None else bias.contiguous()
+            bias = None if bias is None else in_memory(bias).contiguous()
             z, found = epilogue.product(x, weight, bias, view, training=True)
         assert found is not None
         ctx.mark_non_differentiable(*found)
@@ -122,8 +122,8 @@ def sync_batch_norm(
     found: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """`eager.sync_batch_norm` on Triton kernels; `found`: statistics of tiles of the input."""
-    strided = any(b is not None and not b.is_contiguous() for b in (running_mean, running_var))
-    if strided or torch.compiler.is_compiling():
+    left = left_to_eager(input, residual, running_mean, running_var)
+    if left or torch.compiler.is_compiling():
         return eager.sync_batch_norm(
             input, running_mean, running_var, weight, bias,
             momentum, eps, residual, activation, num_batches_tracked, group,
