@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastnorm.distributed import gathered, summed
 from fastnorm.eager import native
-from fastnorm.eager.linear_batch_norm import (
+from fastnorm.eager.linear_batch_norm_unfused import (
     bias_gradient,
     differentiable_gradients,
     differentiable_shared,
