@@ -79,7 +79,7 @@ class GramFunction(torch.autograd.Function):
         buffers_and_options = (None,) * 8
         if native.is_differentiated(dy) and ctx.group is not None:
             return *differentiable_shared(
-                (x, weight, norm_weight, norm_bias), wanted, folded.stats[4],
+                (x, weight, norm_weight, norm_bias), wanted, folded.stats[5],
                 ctx.bias_like, ctx.eps, ctx.activation, ctx.group, dy,
             ), *buffers_and_options  # fmt: skip
         if native.is_differentiated(dy):
