@@ -249,7 +249,10 @@ def _gated_sums(
     N = weight.shape[0]
     itemsize = x.element_size()
     device = device_of(x.device)
-    wide = (64, 128, 256 if device.wgmma else 64)
+    # Of wide K, G is stored as a rule, and with 64 rows that takes every register there is. Stored
+    # or not, P has the same bits.
+    rows, stages = (32, 4) if itemsize == 2 and K > 256 else (64, 3)
+    wide = (rows, 128, 256 if device.wgmma else 64)
     rows, most_n, most_k = {2: wide, 4: (32, 64, 64), 8: (32, 32, 32)}[itemsize]
     block_n, block_k = product_block(N, most_n), product_block(K, most_k)
     blocks = cdiv(N, block_n) * (cdiv(K, block_k) if wants_p else 1)
@@ -257,7 +260,7 @@ def _gated_sums(
     dtype = compute_dtype(x.dtype)
     read = itemsize * B * S * (N * sum(t is not None for t in operands[:2]) + K)
     total = Sum(blocks, dtype.itemsize * N * (K if wants_p else 1), read, itemsize == 2)
-    plan = product_plan(view, rows, step, device, total, stages=3)
+    plan = product_plan(view, rows, step, device, total, stages=stages)
     p_partial = None
     if wants_p:
         p_partial = torch.empty(plan.programs, N, K, dtype=dtype, device=x.device)
