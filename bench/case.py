@@ -78,7 +78,8 @@ class Case(ABC):
         """Run both, every gradient asked for, with `between` called between them."""
         outputs = self.call(tensors)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        seeds = [torch.empty_like(y) for y in outputs]  # no values are looked at
+        # most look at no values of it
+        seeds = [tensors["dy"]] if "dy" in tensors else [torch.empty_like(y) for y in outputs]
         between()
         leaves = [tensor for tensor in tensors.values() if tensor.requires_grad]
         torch.autograd.grad(outputs, leaves, seeds)

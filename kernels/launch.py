@@ -33,6 +33,10 @@ GROUP_SIZES = (
 )  # fmt: skip
 PRODUCT_SIZES = ("B", "N", "K", "S", "P", "F", "tiles", "tiles_per_program")
 
+# Kernel arguments with flags that an earlier launch may have raised: a launch that is given one
+# returns at once where none is up, and for who proves things about launches it is none.
+ON_A_FLAG = ("read_flags_ptr", "todo_ptr")
+
 
 @dataclass(frozen=True)
 class Device:

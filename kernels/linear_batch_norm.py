@@ -58,13 +58,16 @@ from fastnorm.kernels.linear_batch_norm_input import (
     joined_operands,
 )
 from fastnorm.kernels.linear_batch_norm_shared import share
-from fastnorm.kernels.linear_batch_norm_small import linear_batch_norm_bwd_fold_kernel
+from fastnorm.kernels.linear_batch_norm_small_bwd import linear_batch_norm_bwd_fold_kernel
 from fastnorm.kernels.linear_batch_norm_statistics import Folded as Folded
 from fastnorm.kernels.linear_batch_norm_statistics import fold_weight
 from fastnorm.kernels.products import (
     FOLD_COLUMNS,
-    FOLD_ROWS,
+    FOLD_PARTIALS,
+    GRADIENT_COLUMNS,
+    GRADIENT_ROWS,
     GROUP,
+    Sum,
     aligns,
     compute_dtype,
     empty_rows,
@@ -78,7 +81,7 @@ from fastnorm.kernels.products import (
 
 def fixed_moments(folded: Folded, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """The (mean, var) of Z in evaluation, eps within var."""
-    centre, _, rstd, _ = folded.stats
+    centre, _, rstd, *_ = folded.stats
     return centre if bias is None else centre + bias.detach(), rstd**-2
 
 
@@ -157,12 +160,13 @@ def gram_backward(
     options = {
         "GATE": OUTPUT_GRADS[activation], "PRECISION": precision(x.dtype), **aligns(view, N, K),
     }  # fmt: skip
-    p = total = vectors = None
+    partials: tuple[Tensor | None, Tensor | None] = (None, None)
+    vectors = None
     h = matrix = None
     if wants_dx and wants_p and is_joined(x, view, N, training):
         h, matrix = joined_operands(x, view, N, folded.x_mean)
     if wants_p or wants_db or wants_dbeta:
-        p, total = _gated_sums(operands, weight, view, wants_p, folded.sizes, h, options)
+        partials = _gated_sums(operands, weight, view, wants_p, folded.sizes, h, options)
     if training and wants_dx:
         vectors = torch.empty((2, N), dtype=torch.float64, device=x.device)
     aw = None
@@ -181,11 +185,11 @@ def gram_backward(
     if folded.rows is not None:
         own = torch.empty((2, N), dtype=compute_dtype(x.dtype), device=x.device)
         first = (None, None, dgamma, dbeta, None, None)
-        _fold_gradients(p, total, weight, folded, first, own, None, B * S, small)
+        _fold_gradients(partials, weight, folded, first, own, None, B * S)
         outputs = (dw, None, None, None, aw, vectors)
         sums = summed(own) if summed is not None and joins else None
     if folded.rows is None or wants_dw or wants_dx:
-        _fold_gradients(p, total, weight, folded, outputs, None, sums, B * S, small)
+        _fold_gradients(partials, weight, folded, outputs, None, sums, B * S)
     if aw is None:
         return None, dw, db, dgamma, dbeta
     rounded = folded_for_input(x, weight, aw, folded, vectors, matrix, small)
@@ -206,21 +210,23 @@ def gram_backward(
 
 
 def _fold_gradients(
-    p: Tensor | None,
-    total: Tensor | None,
+    partials: tuple[Tensor | None, Tensor | None],
     weight: Tensor,
     folded: Folded,
     outputs: tuple[Tensor | None, ...],
     own: Tensor | None,
     sums: Tensor | None,
     rows: int,
-    small: dict[str, Any],
 ) -> None:
     N, K = weight.shape
-    linear_batch_norm_bwd_fold_kernel[(cdiv(N, FOLD_ROWS),)](
-        p, total, weight, folded.x_mean, folded.ws, folded.stats, folded.sizes,
-        *outputs, own, sums, folded.rows, float(rows), N, K, folded.sizes.numel(),
-        BLOCK_N=FOLD_ROWS, **small,
+    F = folded.sizes.numel()
+    linear_batch_norm_bwd_fold_kernel[(cdiv(N, GRADIENT_ROWS),)](
+        *partials, weight, folded.x_mean, folded.ws, folded.stats, folded.sizes,
+        *outputs, own, sums, folded.rows, float(rows), 1.0 / rows, N, K,
+        0 if partials[1] is None else partials[1].shape[0], F,
+        SHIFTED=folded.shift is not None, BLOCK_N=GRADIENT_ROWS,
+        BLOCK_K=min(power_of_two(K), GRADIENT_COLUMNS), BLOCK_F=power_of_two(F),
+        UNROLL=FOLD_PARTIALS, ALIGN_K=divisor_class(K), num_warps=4,
     )  # fmt: skip
 
 
@@ -233,20 +239,28 @@ def _gated_sums(
     h: Tensor | None,
     options: dict[str, Any],
 ) -> tuple[Tensor | None, Tensor]:
-    """P = Gᵀ(X − shift), where it is wanted, and dβ = 1ᵀG, float64; G goes into h in passing."""
+    """Partial sums over the rows: of P = Gᵀ(X − shift), where it is wanted, and of dβ = 1ᵀG.
+
+    G goes into h in passing.
+    """
     x = operands[2]
     assert x is not None
     B, K, S = view[:3]
     N = weight.shape[0]
     itemsize = x.element_size()
     device = device_of(x.device)
-    wide = (64, 128, 256 if device.wgmma else 64)
+    # Of wide K, G is stored as a rule, and with 64 rows that takes every register there is. Stored
+    # or not, P has the same bits.
+    rows, stages = (32, 4) if itemsize == 2 and K > 256 else (64, 3)
+    wide = (rows, 128, 256 if device.wgmma else 64)
     rows, most_n, most_k = {2: wide, 4: (32, 64, 64), 8: (32, 32, 32)}[itemsize]
     block_n, block_k = product_block(N, most_n), product_block(K, most_k)
     blocks = cdiv(N, block_n) * (cdiv(K, block_k) if wants_p else 1)
     step = rows * (2 * block_n + block_k) * itemsize
-    plan = product_plan(view, rows, step, device, blocks, stages=3)
     dtype = compute_dtype(x.dtype)
+    read = itemsize * B * S * (N * sum(t is not None for t in operands[:2]) + K)
+    total = Sum(blocks, dtype.itemsize * N * (K if wants_p else 1), read, itemsize == 2)
+    plan = product_plan(view, rows, step, device, total, stages=stages)
     p_partial = None
     if wants_p:
         p_partial = torch.empty(plan.programs, N, K, dtype=dtype, device=x.device)
@@ -257,5 +271,4 @@ def _gated_sums(
         plan.tiles, plan.tiles_per_program, BLOCK_N=block_n, BLOCK_K=block_k,
         BLOCK_F=power_of_two(sizes.numel()), **plan.options, **options,
     )  # fmt: skip
-    p = None if p_partial is None else p_partial.sum(0, dtype=torch.float64)
-    return p, dbeta_partial.sum(0, dtype=torch.float64)
+    return p_partial, dbeta_partial

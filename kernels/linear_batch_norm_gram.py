@@ -3,8 +3,9 @@
 S decides the variance of every channel, and where a row of W cancels a signal that the columns of X
 share, only its last digits count. Elements of 32 and 64 bits are multiplied in float64, about the
 first row, so that a large mean costs no digits. Products of 16-bit elements are exact in float32; a
-tile's sum of them is rounded there, and tiles are added up in float64. Where that is not enough,
-the fold of W raises a flag, and the same kernels do it once more, all in float64.
+tile's sum of them is rounded there; tiles are added up in float64, and a program's sum is rounded
+once more, so that it moves half the bytes. Where that is not enough, the fold of W raises a flag,
+and the same kernels do it once more, all in float64.
 """
 
 import triton
@@ -26,7 +27,7 @@ from fastnorm.kernels.launch import PRODUCT_SIZES
 @triton.jit
 def first_row(x_ptr, k, K, S, COLUMNS: tl.constexpr):
     """What elements are taken relative to, in float64; 0 for 16-bit ones, and where not finite."""
-    if x_ptr.dtype.element_ty.primitive_bitwidth == 16:
+    if x_ptr is None or x_ptr.dtype.element_ty.primitive_bitwidth == 16:
         return tl.zeros(k.shape, tl.float64)
     else:
         at = k if COLUMNS else k * S
@@ -37,7 +38,7 @@ def first_row(x_ptr, k, K, S, COLUMNS: tl.constexpr):
 # that programs that run together read the same rows. With flags that are down it does nothing.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_fwd_gram_kernel(
-    x_ptr, flags_ptr,                        # (B, K, S), (F,) or None
+    x_ptr, read_flags_ptr,                  # (B, K, S), (F,) or None
     s_partial_ptr, sum_partial_ptr,         # (P, tiles of S, BLOCK_K, BLOCK_K), (P, K)
     B, K, S, F, tiles, tiles_per_program,
     WIDE: tl.constexpr, BLOCK_F: tl.constexpr,
@@ -58,8 +59,8 @@ def linear_batch_norm_fwd_gram_kernel(
     lane = tl.arange(0, BLOCK_B * BLOCK_S)
     first = p * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tiles)
-    if flags_ptr is not None:
-        if not any_flag(flags_ptr, F, BLOCK_F):
+    if read_flags_ptr is not None:
+        if not any_flag(read_flags_ptr, F, BLOCK_F):
             return
     for tile in range(first, last):
         b, at, inside = rows_of_tile(tile, B, S, lane, BLOCK_B, BLOCK_S)
@@ -74,6 +75,7 @@ def linear_batch_norm_fwd_gram_kernel(
             total += fold_rows(xj.to(tl.float32), 16, COLUMNS).to(tl.float64)
             s += tl.dot(tl.trans(xi), xj).to(tl.float64)
     at = column[:, None] * BLOCK_K + column[None, :]
+    s = s.to(s_partial_ptr.dtype.element_ty)
     tl.store(s_partial_ptr + pid.to(tl.int64) * BLOCK_K * BLOCK_K + at, s)
     if block_i == block_j:
         tl.store(sum_partial_ptr + p.to(tl.int64) * K + j, tl.sum(total, axis=0), mask=j < K)
@@ -83,7 +85,7 @@ def linear_batch_norm_fwd_gram_kernel(
 # diagonal, a piece of x̄ too. With flags that are down it does nothing.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_fwd_gram_reduce_kernel(
-    x_ptr, flags_ptr,                        # (B, K, S), (F,) or None
+    x_ptr, read_flags_ptr,                  # (B, K, S), (F,) or None
     s_partial_ptr, sum_partial_ptr,         # (P, tiles of S, BLOCK_K, BLOCK_K), (P, K)
     s_ptr, mean_ptr,                        # (K, K), (K,)
     share: tl.float64,                      # 1 / M: a division would be a call, with a stack
@@ -102,8 +104,8 @@ def linear_batch_norm_fwd_gram_reduce_kernel(
     s = tl.zeros((BLOCK_K,), tl.float64)
     sum_i = tl.zeros((BLOCK_P,), tl.float64)
     sum_j = tl.zeros((BLOCK_K,), tl.float64)
-    if flags_ptr is not None:
-        if not any_flag(flags_ptr, F, BLOCK_F):
+    if read_flags_ptr is not None:
+        if not any_flag(read_flags_ptr, F, BLOCK_F):
             return
     for start in range(0, P, BLOCK_P):
         p = (start + tl.arange(0, BLOCK_P)).to(tl.int64)
@@ -112,7 +114,7 @@ def linear_batch_norm_fwd_gram_reduce_kernel(
         found = tl.load(
             s_partial_ptr + at[:, None] + lane[None, :], mask=inside[:, None], other=0.0
         )
-        s += tl.sum(found, axis=0)
+        s += tl.sum(found.to(tl.float64), axis=0)
         sum_i += tl.load(sum_partial_ptr + p * K + i, mask=inside & (i < K), other=0.0)
         mask = inside[:, None] & (j < K)[None, :]
         found = tl.load(sum_partial_ptr + (p * K)[:, None] + j[None, :], mask=mask, other=0.0)

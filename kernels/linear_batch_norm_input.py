@@ -16,7 +16,7 @@ from fastnorm.kernels.launch import (
     power_of_two,
 )
 from fastnorm.kernels.linear_batch_norm_bwd import linear_batch_norm_bwd_join_kernel
-from fastnorm.kernels.linear_batch_norm_small import (
+from fastnorm.kernels.linear_batch_norm_small_bwd import (
     linear_batch_norm_bwd_products_kernel,
     linear_batch_norm_bwd_round_kernel,
 )

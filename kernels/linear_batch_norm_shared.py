@@ -1,8 +1,9 @@
 """The gram algorithm with the statistics of all processes: what each tells, and the fold again.
 
-The formulas are in linear_batch_norm.py. The rows (5, N) of `stats` change from W x̄, var, rstd and
-α of this process to d = centre − W x̄ and var of it, then rstd, α and centre of all; centre is the
-mean of Z less b. Since x̂ of one process's M rows has the mean −r ∘ d, its gradients get
+The formulas are in linear_batch_norm.py. Of the rows (6, N) of `stats` the first four change from
+W x̄, var, rstd and α of this process to d = centre − W x̄ and var of it, then rstd and α of all; the
+last is centre of all, the mean of Z less b. Since x̂ of one process's M rows has the mean −r ∘ d,
+its gradients get
     dγ ∋ −r ∘ dβ ∘ d        c₁ ∋ −r ∘ c₂ ∘ d        dW ∋ α ∘ (dβ − M c₁) x̄ᵀ
 with c₁ and c₂ the means of dβ and dγ over the rows of all. One collective forward, of what
 SyncBatchNorm exchanges; one backward, of dγ and dβ.
@@ -27,7 +28,7 @@ from fastnorm.kernels.sync_batch_norm import finalize
 # One program owns BLOCK_N channels of what this process tells the others of its M rows of Z.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_fwd_tell_kernel(
-    stats_ptr, bias_ptr, own_ptr,           # (5, N): W x̄, var; (N,) or None; (3N + 1,)
+    stats_ptr, bias_ptr, own_ptr,           # (6, N): W x̄, var; (N,) or None; (3N + 1,)
     M: tl.float64,
     N,
     BLOCK_N: tl.constexpr,
@@ -51,7 +52,7 @@ def linear_batch_norm_fwd_tell_kernel(
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_fwd_shared_fold_kernel(
     w_ptr, shared_ptr, bias_ptr, gamma_ptr,  # (N, K), (3, N): mean, rest, rstd; (N,) or None each
-    stats_ptr, affine_ptr, sizes_ptr,       # (5, N): see above, (3, N), (F,)
+    stats_ptr, affine_ptr, sizes_ptr,       # (6, N): see above, (3, N), (F,)
     N, K,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN_K: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +77,7 @@ def linear_batch_norm_fwd_shared_fold_kernel(
     tl.store(stats_ptr + n, apart, mask=mask)
     tl.store(stats_ptr + 2 * N + n, rstd, mask=mask)
     tl.store(stats_ptr + 3 * N + n, alpha, mask=mask)
-    tl.store(stats_ptr + 4 * N + n, centre, mask=mask)
+    tl.store(stats_ptr + 5 * N + n, centre, mask=mask)
     tl.store(affine_ptr + n, over.to(ACC), mask=mask)
     tl.store(affine_ptr + N + n, alpha.to(ACC), mask=mask)
     tl.store(sizes_ptr + pid, tl.max(tl.where(mask, tl.abs(alpha) * largest, 0.0), axis=0))

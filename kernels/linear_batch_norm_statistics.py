@@ -3,6 +3,7 @@
 x̄ and S, then the vectors of N channels that normalize, float64.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ from fastnorm.kernels.products import (
     FOLD_COLUMNS,
     FOLD_ROWS,
     MERGE_ROWS,
+    Sum,
     align_of_positions,
     compute_dtype,
     product_block,
@@ -28,15 +30,16 @@ from fastnorm.kernels.products import (
 
 
 class Folded(NamedTuple):
-    """What a forward leaves for its backward, besides X, Y and W; float64 but for the flags."""
+    """What a forward leaves for its backward, besides X, Y and W; float64 where nothing is said."""
 
     x_mean: Tensor | None  # (K,): x̄, None in evaluation
-    ws: Tensor | None  # (N, K): W S, None in evaluation
-    stats: Tensor  # (4, N): W x̄ (b − mean in evaluation, negative), var, rstd, α
+    # (N, K): W S over a unit of each row, in what is computed in; None in evaluation
+    ws: Tensor | None
+    stats: Tensor  # (5, N): W x̄ (b − mean in evaluation, negative), var, rstd, α, unit of W S
     sizes: Tensor  # (F,): max |α∘W| of each program of the fold
     flags: Tensor | None  # (F,): whether W cancels most of X, for 16 bits in training
     shift: Tensor | None  # (K,): what wider elements of X are less as they are loaded
-    # (): rows of all processes, where the statistics are theirs; stats is (5, N) then
+    # (): rows of all processes, where the statistics are theirs; stats is (6, N) then
     rows: Tensor | None = None
 
 
@@ -50,16 +53,19 @@ def _gram_matrix(x: Tensor, view: ChannelView, F: int) -> Callable[[Tensor | Non
     rows, most = (64, 64) if itemsize == 2 else (32, 32)
     block = product_block(K, most)
     pairs = cdiv(K, block) * (cdiv(K, block) + 1) // 2
+    partial_dtype = torch.float32 if itemsize == 2 else torch.float64
     plan = product_plan(
-        view, rows, 2 * rows * block * itemsize, device_of(x.device), pairs,
+        view, rows, 2 * rows * block * itemsize, device_of(x.device),
+        Sum(pairs, pairs * block**2 * partial_dtype.itemsize, x.numel() * itemsize, itemsize == 2),
         num_warps=8 if block == 64 else 4,  # float64 takes the registers of two
     )  # fmt: skip
     empty = partial(torch.empty, dtype=torch.float64, device=x.device)
-    s_partial, sum_partial = empty((plan.programs, pairs, block, block)), empty((plan.programs, K))
-    s, mean = empty((K, K)), empty((K,))
+    sum_partial, s, mean = empty((plan.programs, K)), empty((K, K)), empty((K,))
 
     def compute(flags: Tensor | None) -> tuple[Tensor, Tensor]:
         again = flags is not None  # its operands are four times as wide
+        dtype = torch.float64 if again else partial_dtype
+        s_partial = empty((plan.programs, pairs, block, block), dtype=dtype)
         options = plan.options | ({"num_stages": 2} if again else {})
         linear_batch_norm_fwd_gram_kernel[(pairs * plan.programs,)](
             x, flags, s_partial, sum_partial, B, K, S, F, plan.tiles, plan.tiles_per_program,
@@ -68,7 +74,8 @@ def _gram_matrix(x: Tensor, view: ChannelView, F: int) -> Callable[[Tensor | Non
             **options,
         )  # fmt: skip
         linear_batch_norm_fwd_gram_reduce_kernel[(pairs * block,)](
-            x, flags, s_partial, sum_partial, s, mean, 1.0 / (B * S), K, S, plan.programs, F,
+            x if itemsize > 2 else None, flags, s_partial, sum_partial, s, mean,
+            1.0 / (B * S), K, S, plan.programs, F,
             BLOCK_P=MERGE_ROWS, BLOCK_F=power_of_two(F), BLOCK_K=block, COLUMNS=view.columns,
             num_warps=4,
         )  # fmt: skip
@@ -94,15 +101,15 @@ def fold_weight(
     """(centre, α and β of what is computed in (3, N), what the backward needs)."""
     B, K, S = view[:3]
     N = weight.shape[0]
-    F = cdiv(N, FOLD_ROWS)
+    F, rows = cdiv(N, FOLD_ROWS), B * S
     narrow = x.element_size() == 2
     wide = partial(torch.empty, dtype=torch.float64, device=x.device)
     compute = partial(torch.empty, dtype=compute_dtype(x.dtype), device=x.device)
     affine = compute((3, N))
     folded = Folded(
         None,
-        wide((N, K)) if training else None,
-        wide((5 if shared else 4, N)),
+        compute((N, K)) if training else None,
+        wide((6 if shared else 5, N)),
         wide((F,)),
         torch.empty(F, dtype=torch.int32, device=x.device) if training and narrow else None,
         compute((K,)) if training and not narrow else None,
@@ -114,9 +121,10 @@ def fold_weight(
             weight, s, mean, bias, norm_weight, norm_bias, running_mean, running_var, moving[0],
             folded.flags if again else None, None if again else folded.flags,
             folded.stats, folded.ws, folded.shift, affine, folded.sizes,
-            float(B * S), moving[1], eps, N, K, F,
+            float(rows), 1.0 / rows, rows / (rows - 1) if rows > 1 else math.inf, moving[1], eps,
+            N, K, F,
             FINAL=final, BLOCK_N=FOLD_ROWS, BLOCK_K=FOLD_COLUMNS, BLOCK_F=power_of_two(F),
-            ALIGN_K=divisor_class(K), num_warps=4,
+            ALIGN_K=divisor_class(K), num_warps=4, num_stages=4,
         )  # fmt: skip
 
     if not training:

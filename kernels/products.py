@@ -1,6 +1,7 @@
 """Launch policy of matrix products, and what their launchers share: tiles by sizes and device."""
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,9 +36,23 @@ class ProductPlan:
         }  # fmt: skip
 
 
+class Sum(NamedTuple):
+    """A product whose result is a sum over the rows, which programs share."""
+
+    blocks: int  # tiles of the result, which have programs of their own
+    partial_bytes: int  # of one partial result, all tiles
+    operand_bytes: int  # of the rows
+    narrow: bool  # 16 bits, whose products are so fast that memory and cache are waited for
+
+
 FOLD_ROWS = 16  # of W, that one program folds
 FOLD_COLUMNS = 32
+FOLD_PARTIALS = 6  # partial sums on their way at a time; with eight, ptxas takes a stack
+GRADIENT_ROWS = 4  # of W, whose partial sums one program adds up
+GRADIENT_COLUMNS = 128
 MERGE_ROWS = 16  # partial Gram matrices that a program adds up at a time
+PARTIAL_BYTES = 1 / 16
+PARTIAL_PROGRAMS = 0.6
 GROUP = 8  # row tiles that run together, so that both operands stay in the second-level cache
 PIECES = 8
 """Columns of ones beside G and X, whose rows of the other matrix are added to every row of dX.
@@ -52,26 +67,41 @@ def product_block(size: int, most: int) -> int:
     return min(max(power_of_two(size), 16), most)
 
 
+def sharers(total: Sum, resident: int, device: Device) -> int:
+    """How many programs share the rows, for each tile of a sum over them.
+
+    As many as run at a time, `resident` a multiprocessor: one more, and all would wait for it. Each
+    leaves a partial sum of its own, which is written and read. Where those are more than
+    PARTIAL_BYTES of what a narrow product reads, PARTIAL_PROGRAMS of that have to do: they keep
+    memory nearly as busy, and there is less to move.
+    """
+    programs = resident * device.multiprocessors
+    most = max(programs // total.blocks, 1)
+    many = 2 * most * total.partial_bytes > PARTIAL_BYTES * total.operand_bytes
+    if total.narrow and many:
+        return min(most, cdiv(round(PARTIAL_PROGRAMS * programs), total.blocks))
+    return most
+
+
 def product_plan(
     view: ChannelView,
     rows: int,
     step: int,
     device: Device,
-    blocks: int = 0,
+    total: Sum | None = None,
     *,
     num_warps: int = 8,
     stages: int = 4,
 ) -> ProductPlan:
     """Tiles of `rows` rows; a step of the product's loop loads `step` bytes.
 
-    With `blocks`, tiles of a result that is summed over the rows, programs share those: as many as
-    fill the device.
+    `total`: the result is a sum over the rows, and programs share those.
     """
     block_s = min(power_of_two(view.S), rows)
     block_b = rows // block_s
     tiles = cdiv(view.N, block_b) * cdiv(view.S, block_s)
     resident = 2 if num_warps == 4 else 1  # programs a multiprocessor
-    wanted = cdiv(resident * device.multiprocessors, blocks) if blocks else 1
+    wanted = 1 if total is None else sharers(total, resident, device)
     tiles_per_program = cdiv(tiles, min(wanted, tiles))
     return ProductPlan(
         block_b, block_s, tiles, cdiv(tiles, tiles_per_program), tiles_per_program,

@@ -11,7 +11,8 @@ raises `KernelFault`, naming kernel, program, argument and element, for
   nothing orders programs (a program may read and rewrite what is its own);
 - any atomic, since its order differs from run to run;
 - an element of a `torch.empty` tensor, made by a launcher, that is read before a launch has written
-  it, or that no launch and no torch operator has written when the context ends.
+  it, or that no launch and no torch operator has written when the context ends (but what only
+  launches were given that wait for a flag and found it down).
 
 Only what ran is judged: another size may take another branch. Within a program the interpreter
 keeps an order that the threads of a GPU do not.
@@ -29,6 +30,8 @@ import numpy as np
 import torch
 from accesses import Chunk, KernelFault, Launch, Observer, numbered, split
 from interpreter import observed
+
+from fastnorm.kernels.launch import ON_A_FLAG
 
 __all__ = ["KernelFault", "checked"]
 
@@ -121,7 +124,6 @@ class _Checker(Observer):
             allocation = self.allocations.get(argument.storage_ptr)
             if allocation is not None:
                 self.arguments[position] = allocation
-                allocation.receivers.setdefault(argument.name, launch.kernel)
 
     def loaded(self, launch: Launch, chunks: list[Chunk], data: np.ndarray) -> None:
         for chunk in chunks:
@@ -154,6 +156,11 @@ class _Checker(Observer):
 
     def end(self, launch: Launch) -> None:
         self.note_stores(launch)
+        waits = any(name in launch.tensors for name in ON_A_FLAG)
+        if launch.chunks["store"] or not waits:
+            given = list(launch.tensors.values())
+            for position, allocation in self.arguments.items():
+                allocation.receivers.setdefault(given[position].name, launch.kernel)
         if launch.program > 0:
             for group in launch.storages:
                 loads = launch.accesses("load", arguments=group)

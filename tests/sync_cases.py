@@ -1,8 +1,10 @@
 """Batches that processes share, and what each of them does with its part (see ranks.py)."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import ranks
 import reference
@@ -13,6 +15,7 @@ from torch import Tensor
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.functional.linear_batch_norm import LINEAR_ALGORITHMS
+from fastnorm.kernels import cost
 
 Result = dict[str, Any]
 
@@ -188,18 +191,37 @@ def linear_activation(name: str) -> str:
 LEAVES = ("x", "weight", "bias", "norm_weight", "norm_bias")
 
 
+def linear_ways(backend: str) -> tuple[str, ...]:
+    """The algorithms, and on kernels gram with dX as a library's product."""
+    return LINEAR_ALGORITHMS + (("joined",) if backend == "triton" else ())
+
+
+@contextmanager
+def _form(way: str) -> Iterator[tuple[str, list[bool]]]:
+    """The algorithm of a way, and whether dX was a library's product, each time it was made."""
+    taken: list[bool] = []
+
+    def joins(problem: cost.Problem) -> bool:
+        taken.append(problem.joins)
+        return problem.joins
+
+    with mock.patch.object(cost, "joins", joins) if way == "joined" else nullcontext():
+        yield "gram" if way == "joined" else way, taken
+
+
 def results_of_linear(rank: int, processes: int) -> dict[tuple[str, ...], Result]:
     """For each backend, algorithm and case: output, gradients and buffers of this rank's part."""
     found = {}
     for backend in ranks.backends():
-        with fastnorm.use_backend(backend):
-            for algorithm in LINEAR_ALGORITHMS:
+        for way in linear_ways(backend):
+            with fastnorm.use_backend(backend), _form(way) as (algorithm, taken):
                 for name, parts in linear_parts(processes).items():
                     x, *small, dy = linear_tensors(name)
                     x, dy = (t.split(list(parts))[rank].contiguous() for t in (x, dy))
                     *leaves, mean, var = x, *small
                     for leaf in leaves:
                         leaf.requires_grad_()
+                    taken.clear()
                     with counted() as collectives:
                         y = FF.linear_batch_norm(
                             *leaves[:3], mean, var, *leaves[3:], training=True,
@@ -207,10 +229,10 @@ def results_of_linear(rank: int, processes: int) -> dict[tuple[str, ...], Result
                             process_group=dist.group.WORLD,
                         )  # fmt: skip
                         gradients = torch.autograd.grad(y, leaves, dy)
-                    found[backend, algorithm, name] = {
+                    found[backend, way, name] = {
                         "y": y.detach(), "by": type(y.grad_fn).__name__,
                         "running_mean": mean, "running_var": var,
-                        "collectives": list(collectives),
+                        "collectives": list(collectives), "joined": any(taken),
                     } | {f"d{n}": g for n, g in zip(LEAVES, gradients, strict=True)}  # fmt: skip
     return found
 

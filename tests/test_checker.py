@@ -115,6 +115,30 @@ def test_overlapping_tiles(verdict):
         verdict(double, torch.ones(10, 10), None, 0, 0, 1)
 
 
+@triton.jit
+def fill_kernel(read_flags_ptr, y_ptr, LEAVE: tl.constexpr):
+    if read_flags_ptr is not None and tl.load(read_flags_ptr) == 0:
+        return
+    lane = tl.arange(0, 4)
+    tl.store(y_ptr + lane, lane + 1.0, mask=lane < 4 - LEAVE)
+
+
+def fill(flag, leave):
+    y = torch.empty(4)
+    flags = None if flag is None else torch.tensor([flag])
+    fill_kernel[(1,)](flags, y, LEAVE=leave)
+    return y
+
+
+def test_a_launch_that_waits_for_a_flag(verdict):
+    """Where that is down it need not write anything; where it is up, or there is none, it must."""
+    verdict(fill, 0, 0)
+    assert verdict(fill, 1, 0).tolist() == verdict(fill, None, 0).tolist() == [1, 2, 3, 4]
+    for flag, leave in ((1, 1), (None, 4)):
+        with pytest.raises(KernelFault, match="y_ptr of fill_kernel was never written"):
+            verdict(fill, flag, leave)
+
+
 def test_missing_store(verdict):
     with pytest.raises(
         KernelFault,

@@ -120,6 +120,38 @@ def test_wide_k_stores_g_for_a_librarys_product():
     assert not joined(64, 512, 512), "launches"
 
 
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (200704, 64, 256), (50176, 256, 1024), (65536, 512, 2048), (802816, 16, 96),
+        (50176, 64, 384), (262144, 64, 128),
+    ],
+)  # fmt: skip
+def test_programs_that_share_rows(shape):
+    """One wave; fewer save bytes, and cost the product less than a fifth more by the model."""
+    M, K, N = shape
+    products = pytest.importorskip("fastnorm.kernels.products")
+    blocks = -(-N // 128) * -(-K // 256)
+    read = 2 * M * (2 * N + K)
+    cached = 2 * M * (2 * N * -(-K // 256) + K * -(-N // 128))
+    for narrow in (True, False):
+        total = products.Sum(blocks, 4 * N * K, read, narrow)
+        most = H200.multiprocessors // blocks
+
+        def seconds(sharers, blocks=blocks):
+            flops = 2 * M * N * K / H200.half * H200.multiprocessors / (sharers * blocks)
+            partial = sharers * 8 * N * K
+            return max(flops, read / H200.memory, cached / H200.cache) + partial / H200.memory
+
+        found = products.sharers(total, 1, H200)
+        assert 0.5 * most < found <= most
+        assert narrow or found == most
+        assert seconds(found) < 1.2 * seconds(most)
+        assert products.sharers(total, 2, H200) >= found
+    small = products.Sum(1000, 4, 1 << 30, True)
+    assert products.sharers(small, 1, H200) == 1, "more tiles than multiprocessors"
+
+
 def test_where_g_is_never_stored():
     for options in ({"dtype": torch.float16}, {"dtype": F64}, {"columns": False}):
         assert not joined(65536, 512, 2048, **options)

@@ -278,6 +278,17 @@ def test_near_the_maximum(backend, dtype):
     assert error(got["dx"] * 1e30, want["dx"] * 1e30) < 0.02
 
 
+def test_squares_that_overflow_float32_alike(backend):
+    """All terms of the variance are +inf there: no NaN says that 16-bit sums will not do."""
+    case = problem(300, 1, 4, backend, torch.bfloat16, mean=0.0, algorithm="gram")
+    for scale in (1e18, 1e22):  # in the sum of tiles, and in each of them
+        large = replace(
+            case, x=case.x * scale, bias=None, running_mean=None, running_var=None,
+            activation="identity",
+        )  # fmt: skip
+        assert error(large.ours()["y"], large.reference()["y"]) < 0.01
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("where", ["x", "weight"])
 @each_mode
@@ -583,6 +594,41 @@ def test_convolution_of_one_position(
         if name != "dbias" or not training:
             bound = max(2 * error(theirs[name], want[name]), step / 2 + 1e-6)
             assert error(t, want[name]) < bound, name
+
+
+@each_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("activation", ["relu", "silu"])
+def test_epilogue_of_images(backend, activation, dtype, training, monkeypatch):
+    """channels_last goes as rows, there and back; NCHW has no rows, and is `unfused`."""
+    from fastnorm.kernels import cost
+
+    monkeypatch.setattr(cost, "choose", lambda *args, **kwargs: "epilogue")
+    case = problem((3, 5, 7), 12, 40, backend, dtype, training=training, activation=activation)
+    want, theirs = case.reference(), case.torchs()
+    for channels_last in (True, False):
+
+        def nchw(t: Tensor, channels_last: bool = channels_last) -> Tensor:
+            t = t.movedim(-1, 1)
+            return t if channels_last else t.contiguous()
+
+        leaves, (mean, var) = case.leaves(), case.buffers()
+        x = nchw(leaves["x"].detach()).requires_grad_()
+        y = FF.conv_batch_norm(
+            x, leaves["weight"][:, :, None, None], leaves["bias"], mean, var,
+            leaves["norm_weight"], leaves["norm_bias"], training, activation=activation,
+        )  # fmt: skip
+        sources = [x, *(leaves[name] for name in LEAVES[1:])]
+        dx, *others = torch.autograd.grad(y, sources, nchw(case.dy))
+        assert y.stride() == nchw(case.dy).stride()
+        assert dx.stride() == x.stride()
+        got = {"y": y.movedim(1, -1), "dx": dx.movedim(1, -1)}
+        got |= {f"d{name}": g for name, g in zip(LEAVES[1:], others, strict=True)}
+        got |= {"running_mean": mean, "running_var": var}
+        for name, t in got.items():
+            if name != "dbias" or not training:
+                bound = max(2 * error(theirs[name], want[name]), torch.finfo(dtype).eps / 2 + 1e-6)
+                assert error(t, want[name]) < bound, name
 
 
 def test_convolution_that_is_none(backend):

@@ -14,7 +14,6 @@ from cases import assert_close, compute_dtype
 from torch import nn
 
 import fastnorm
-from fastnorm.functional.linear_batch_norm import LINEAR_ALGORITHMS
 
 BACKENDS = ranks.backends()
 
@@ -87,11 +86,13 @@ def check_linear(results):
     for name in sync_cases.linear_parts(len(results)):
         want = sync_cases.expected_linear(name)
         for backend in BACKENDS:
-            for algorithm in LINEAR_ALGORITHMS:
-                where = f"{name}, {algorithm} on {backend}"
-                found = [rank["results_of_linear"][backend, algorithm, name] for rank in results]
+            for way in sync_cases.linear_ways(backend):
+                where = f"{name}, {way} on {backend}"
+                found = [rank["results_of_linear"][backend, way, name] for rank in results]
                 check_linear_case(name, found, want, where)
-                assert ("Gram" in found[1]["by"]) == (algorithm == "gram"), where
+                assert ("Gram" in found[1]["by"]) == (way in ("gram", "joined")), where
+                joined = [part["joined"] for part in found if part["y"].numel()]
+                assert set(joined) == {way == "joined"}, where
                 for part in found:
                     assert part["collectives"] == ["all_gather", "all_reduce"], where
 

@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
-from fastnorm.kernels.launch import assume, device_of
+from fastnorm.kernels import cost
+from fastnorm.kernels.launch import Device, assume, device_of
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class LinearBatchNormCase(Case):
     features: int = 0  # N
     training: bool = True
     algorithm: str = "gram"
-    joined: bool = False  # dX as a library's product, where the shape is too small for the model
+    joined: bool = False  # dX as a library's product, also where the model says no
 
     def words(self) -> list[str]:
         form = ["joined"] * self.joined
@@ -35,6 +36,7 @@ class LinearBatchNormCase(Case):
         self, tensors: dict[str, Tensor], between: Callable[[], object] = lambda: None
     ) -> None:
         device = device_of(tensors["input"].device)
+        # of a slow cache the model says yes
         with assume(replace(device, cache=1e6) if self.joined else device):
             super().forward_and_backward(tensors, between)
 
@@ -49,7 +51,11 @@ class LinearBatchNormCase(Case):
     def inputs(self, device: str, seed: int = 0) -> dict[str, Tensor]:
         tensors = super().inputs(device, seed)
         weight = tensors["weight"].detach().to(self.dtype)  # as a linear layer of the input's dtype
-        return tensors | {"weight": weight.requires_grad_()}
+        tensors |= {"weight": weight.requires_grad_()}
+        if self.joined:  # of what memory happens to hold, A might be out of range
+            size = (self.shape[0], self.features)
+            tensors |= {"dy": torch.ones(size, dtype=self.dtype, device=device)}
+        return tensors
 
     def call(self, tensors: dict[str, Tensor]) -> Tensor:
         rest = (
@@ -76,6 +82,9 @@ class LinearBatchNormCase(Case):
         x = self.shape[1] / self.features  # a pass over X, in passes over Y
         gated = 1 if self.activation != "identity" else 0  # Y, of which the gate is a function
         again = 2 if self.training else 1  # X, for its Gram matrix; dY and Y always, for P and dX
+        if self.joined:  # P reads dY, Y and X and writes G; the product reads G and writes dX;
+            copied = 3 * x if self.training else 0  # it reads X − x̄ too, which is made of X
+            return again * x + 1, 1 + gated + x + 1 + 1 + x + copied
         if self.algorithm == "gram":
             return again * x + 1, 2 * (1 + gated) + again * x + x
         z = 1 + 2  # written; read, and y written
@@ -94,19 +103,33 @@ SHAPES = {  # (M, K) -> N of the design's table, then of real models
 }
 
 
+H200 = Device(multiprocessors=132)
+
+
+def as_chosen(case: LinearBatchNormCase) -> LinearBatchNormCase:
+    """By the algorithm that `auto` takes, and in the form that the model takes."""
+    sizes = (*case.shape, case.features, case.dtype)
+    algorithm = cost.choose(*sizes, case.activation, H200, case.training, True)
+    return replace(case, algorithm=algorithm, joined=algorithm == "gram" and _joins(case))
+
+
+def _joins(case: LinearBatchNormCase) -> bool:
+    sizes = (*case.shape, case.features, case.dtype)
+    return cost.joins(cost.problem(*sizes, H200, case.training, True))
+
+
 def cases() -> Iterator[Case]:
     for name, (shape, features) in SHAPES.items():
         case = LinearBatchNormCase(name, shape, features=features)
-        yield case
+        yield as_chosen(case)
         yield replace(case, algorithm="epilogue")
     yield LinearBatchNormCase("stage 1", (200704, 64), features=256, training=False)
     image = LinearBatchNormCase("bottleneck", (64, 64, 56, 56), features=256)
     yield image
     yield replace(image, layout="channels_last")
-    for algorithm in ("gram", "epilogue"):
-        yield LinearBatchNormCase(
-            "stage 1", (200704, 64), torch.float32, features=256, algorithm=algorithm
-        )
+    single = LinearBatchNormCase("stage 1", (200704, 64), torch.float32, features=256)
+    yield replace(single, joined=_joins(single))
+    yield replace(single, algorithm="epilogue")
 
 
 def small_cases() -> Iterator[Case]:
@@ -118,6 +141,10 @@ def small_cases() -> Iterator[Case]:
     yield replace(case, activation="identity", training=False)
     yield replace(case, algorithm="epilogue")
     yield replace(case, dtype=torch.float32)
+    joined = replace(case, shape=(2048, 32), features=128, joined=True)
+    yield joined
+    yield replace(joined, training=False)
+    yield replace(joined, dtype=torch.float32)
     image = LinearBatchNormCase("image", (8, 16, 24, 24), features=64)
     yield image
     yield replace(image, layout="channels_last")

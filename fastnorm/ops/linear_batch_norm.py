@@ -8,7 +8,7 @@ from torch import Tensor
 
 from fastnorm.distributed import gathered, summed
 from fastnorm.eager import native
-from fastnorm.eager.linear_batch_norm import (
+from fastnorm.eager.linear_batch_norm_unfused import (
     bias_gradient,
     differentiable_gradients,
     differentiable_shared,
@@ -86,7 +86,7 @@ class GramFunction(torch.autograd.Function):
         buffers_and_options = (None,) * 8
         if native.is_differentiated(dy) and ctx.group is not None:
             return *differentiable_shared(
-                (x, weight, norm_weight, norm_bias), wanted, folded.stats[4],
+                (x, weight, norm_weight, norm_bias), wanted, folded.stats[5],
                 ctx.bias_like, ctx.eps, ctx.activation, ctx.group, dy,
             ), *buffers_and_options  # fmt: skip
         if native.is_differentiated(dy):

@@ -10,7 +10,7 @@ from torch import Tensor
 from fastnorm import eager
 from fastnorm.distributed import gathered, summed
 from fastnorm.eager import native
-from fastnorm.eager.linear_batch_norm import bias_gradient
+from fastnorm.eager.linear_batch_norm_unfused import bias_gradient
 from fastnorm.eager.sync_batch_norm import count_batch
 from fastnorm.eager.sync_formulas import differentiable_gradients
 from fastnorm.kernels import batch_norm as kernels

@@ -44,17 +44,22 @@ def store_rows(ptr, value, n, s, inside, c, C, S, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def matrix_offsets(i, j, I, J):  # noqa: E741
+    """(offsets, mask) of (i, j) in a row-major (I, J) matrix."""
+    return i.to(tl.int64)[:, None] * J + j[None, :], (i < I)[:, None] & (j < J)[None, :]
+
+
+@triton.jit
 def load_matrix(ptr, i, j, I, J):  # noqa: E741
     """(i, j) of a row-major (I, J) matrix, 0 outside."""
-    at = i.to(tl.int64)[:, None] * J + j[None, :]
-    return tl.load(ptr + at, mask=(i < I)[:, None] & (j < J)[None, :], other=0.0)
+    at, mask = matrix_offsets(i, j, I, J)
+    return tl.load(ptr + at, mask=mask, other=0.0)
 
 
 @triton.jit
 def store_matrix(ptr, value, i, j, I, J):  # noqa: E741
-    at = i.to(tl.int64)[:, None] * J + j[None, :]
-    value = value.to(ptr.dtype.element_ty)
-    tl.store(ptr + at, value, mask=(i < I)[:, None] & (j < J)[None, :])
+    at, mask = matrix_offsets(i, j, I, J)
+    tl.store(ptr + at, value.to(ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

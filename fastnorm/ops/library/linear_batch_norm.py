@@ -42,8 +42,9 @@ def _gram_forward_fake(x: Tensor, weight: Tensor, *arguments: Any) -> tuple[Tens
     training, columns = arguments[5], arguments[-1]
     N, K = weight.shape
     F = cdiv(N, FOLD_ROWS)
-    shapes = ((K,), (N, K), (4, N), (F,), (F,), (K,))
-    dtypes = (*[torch.float64] * 4, torch.int32, compute_dtype(x.dtype))
+    shapes = ((K,), (N, K), (5, N), (F,), (F,), (K,))
+    wide, compute = torch.float64, compute_dtype(x.dtype)
+    dtypes = (wide, compute, wide, wide, torch.int32, compute)
     folded = (
         torch.empty(shape if has else (0,), dtype=dtype, device=x.device)
         for shape, dtype, has in zip(shapes, dtypes, _has(x, training), strict=True)
@@ -64,7 +65,7 @@ def _gram_forward(x: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     wide, whole, single = torch.float64, torch.int32, compute_dtype(x.dtype)
     absent = (  # an operator returns no None
         torch.empty(0, dtype=dtype, device=x.device)
-        for dtype in (wide, wide, wide, wide, whole, single)
+        for dtype in (wide, single, wide, wide, whole, single)
     )
     return y, *(a if t is None else t for t, a in zip(folded[:6], absent, strict=True))
 
