@@ -287,12 +287,20 @@ def in_transforms(rank: int, processes: int) -> dict[str, Tensor]:
 
 
 def compiled(rank: int, processes: int) -> dict[str, Any]:
+    return _compiled(rank, processes, "aot_eager")
+
+
+def compiled_by_inductor(rank: int, processes: int) -> dict[str, Any]:
+    return _compiled(rank, processes, "inductor")
+
+
+def _compiled(rank: int, processes: int, backend: str) -> dict[str, Any]:
     """One step of a module under torch.compile."""
     torch.manual_seed(0)
     norm = fastnorm.SyncBatchNorm(3, activation="relu", dtype=torch.float64)
     x = derivatives_input()[0].tensor_split(processes)[rank].clone().requires_grad_()
     dy = derivatives_input()[2].tensor_split(processes)[rank]
-    y = torch.compile(norm, fullgraph=True, backend="aot_eager")(x)
+    y = torch.compile(norm, fullgraph=True, backend=backend)(x)
     y.backward(dy)
     return {"y": y.detach(), "dx": x.grad, "mean": norm.running_mean, "var": norm.running_var}
 

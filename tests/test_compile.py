@@ -15,11 +15,13 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from torch._functorch.aot_autograd import make_boxed_func
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm import use_backend
+from fastnorm.kernels.launch import Device, assume
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -191,6 +193,53 @@ def test_kernels_are_operators_in_the_graphs(backend, case):
         f"fastnorm.{family}_forward{update}.default", f"fastnorm.{family}_backward.default"
     ]  # fmt: skip
     assert not [n for n in (*forward, *backward) if any(w in n for w in ("mul", "sqrt", "sigmoid"))]
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there it is run")
+@each_case
+def test_as_traced_for_a_gpu_that_is_not_there(case, training):
+    """`auto` is Triton there: one graph of kernels and views, whose tensors are all on the GPU.
+
+    Nothing is asked of a device, nothing is promoted. Without gradients: those ask for a driver.
+    """
+    found: list[tuple[str, Tensor]] = []
+
+    def compiler(graph: torch.fx.GraphModule, example: Any) -> Callable[..., Any]:
+        for node in graph.graph.nodes:
+            values = node.meta.get("val", ())
+            for value in values if isinstance(values, (tuple, list)) else (values,):
+                if isinstance(value, Tensor):
+                    wrapped = "auto_functionalized" in str(node.target)
+                    found.append((str(node.args[0] if wrapped else node.target), value))
+        return make_boxed_func(graph.forward)
+
+    make, shape, count, layout = CASES[case]
+    module = make().train(training).requires_grad_(False)
+    with FakeTensorMode(), assume(Device(132)), use_backend("auto"), torch.no_grad():
+        for layer in module.modules():
+            for tensors in (layer._parameters, layer._buffers):
+                for name, t in tensors.items():
+                    if t is not None:
+                        fake = torch.empty(t.shape, dtype=t.dtype, device="cuda")
+                        is_buffer = tensors is layer._buffers
+                        tensors[name] = fake if is_buffer else torch.nn.Parameter(fake, False)
+        dtype = torch.float32 if "BatchNorm" in case and hasattr(module, "norm") else torch.bfloat16
+        inputs = [torch.empty(50, *shape, device="cuda", dtype=dtype) for _ in range(count)]
+        inputs = inputs if layout is None else [layout(x) for x in inputs]
+        compiled = torch.compile(module, fullgraph=True, backend=aot_autograd(fw_compiler=compiler))
+        try:
+            outputs = compiled(*inputs)
+        except RuntimeError as error:
+            if not found or "not linked with support for cuda" not in str(error):
+                raise
+            outputs = ()  # traced; a torch without CUDA then moves no buffer, not even a fake one
+        for y in outputs if isinstance(outputs, tuple) else (outputs,):
+            assert y.is_cuda
+            assert y.dtype is dtype
+    assert any(name.startswith("fastnorm.") for name, _ in found)
+    assert all(value.is_cuda for _, value in found)
+    wide = {name for name, value in found if value.dtype is torch.float64}
+    assert not wide or "cumulative" in case  # its share is the count's reciprocal
 
 
 # ---- the choice of a backend ---------------------------------------------------------------------

@@ -202,8 +202,9 @@ def test_ddp_fsdp_and_transforms(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled(tmp_path):
-    found = [rank["compiled"] for rank in ranks.run(2, [sync_modules.compiled], tmp_path)]
+@pytest.mark.parametrize("work", [sync_modules.compiled, sync_modules.compiled_by_inductor])
+def test_compiled(tmp_path, work):
+    found = [rank[work.__name__] for rank in ranks.run(2, [work], tmp_path)]
     x, _, dy, *_ = sync_modules.derivatives_input()
     x = x.clone().requires_grad_()
     norm = nn.BatchNorm1d(3, dtype=torch.float64)
