@@ -1,11 +1,13 @@
 """The only place that asks which implementation serves a tensor."""
 
 import os
+from collections.abc import Callable
 from types import ModuleType, TracebackType
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from fastnorm import eager, environment
 from fastnorm.eager import native
@@ -21,7 +23,10 @@ def _checked(name: str, source: str) -> str:
 
 
 _DEFAULT = _checked(os.environ.get("FASTNORM_BACKEND", "auto"), "FASTNORM_BACKEND")
-environment.Thread.default = environment.thread.name = _DEFAULT
+_thread = environment.thread
+_is_dynamo_compiling = torch.compiler.is_dynamo_compiling
+_interpreter = torch._C._functorch.peek_interpreter_stack
+environment.Thread.default = _thread.name = _DEFAULT
 
 
 class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
@@ -110,6 +115,35 @@ def implementation(tensor: Tensor) -> ModuleType:
         return eager
     triton = environment.operators if torch.compiler.is_compiling() else environment.ops
     return cast(ModuleType, triton)
+
+
+_REFUSALS = (RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError)
+"""What torch, and whoever looks at an argument, raises where it is wrong."""
+
+
+def at_once(
+    operation: Callable[..., Tensor | None], input: Tensor, *arguments: Any
+) -> Tensor | None:
+    """What `operation`, a `direct` of eager, makes of arguments that nobody has checked yet.
+
+    torch's operators check theirs themselves, before they change anything, and a short call is over
+    before we have looked at its arguments once more. None where more than one operator is needed,
+    or a transform watches, or an argument is wrong: how is for `checks` to say. Other errors, such
+    as the one by which a checkpoint ends its second forward, are not ours.
+    """
+    if (
+        _is_dynamo_compiling()
+        or type(input) is not Tensor
+        or not input.is_cpu
+        or _thread.name == "triton"
+        or _interpreter() is not None  # these are `native.transformed`
+        or forward_ad._current_level >= 0
+    ):
+        return None
+    try:
+        return operation(input, *arguments)
+    except _REFUSALS:
+        return None
 
 
 def _require_triton(tensor: Tensor) -> None:

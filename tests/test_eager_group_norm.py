@@ -12,7 +12,7 @@ from test_instance_norm import problem as instance_problem
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm.eager import group_norm_cpu, native
+from fastnorm.eager import direct, group_norm_cpu, native
 
 eager = importlib.import_module("fastnorm.eager.group_norm")  # its package has such a function
 instances = importlib.import_module("fastnorm.eager.instance_norm")
@@ -22,7 +22,7 @@ SHAPES = [((3, 6, 4, 5), 2), ((2, 6, 7, 9), 6), ((2, 12, 6, 6), 1), ((2, 6, 3, 4
 @pytest.fixture(params=["large", "huge", "huge, centred"])
 def way(request, monkeypatch):
     """Small tensors are treated as those of many megabytes are."""
-    monkeypatch.setattr(eager, "SHORT", 0)
+    monkeypatch.setattr(direct, "SHORT", 0)
     monkeypatch.setattr(group_norm_cpu, "SMALL", 0)
     monkeypatch.setattr(group_norm_cpu, "LARGE", 0)
     monkeypatch.setattr(group_norm_cpu, "FEW", 100)

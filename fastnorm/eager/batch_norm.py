@@ -22,7 +22,7 @@ from fastnorm.eager.batch_norm_cpu import BatchNormFunction, Statistics, has_pla
 from fastnorm.eager.native import STEPS
 
 # Activations that give the same, and the same gradient, before and after z is rounded to 16 bits.
-_ROUNDED = ("identity", "relu")
+ROUNDED = ("identity", "relu")
 
 
 def batch_norm(
@@ -211,4 +211,4 @@ def rounds_between(input: Tensor, residual: Tensor | None, activation: str) -> b
     Not a large one: that would take three times as long.
     """
     cheap = torch.compiler.is_compiling() or input.numel() < batch_norm_cpu.SMALL
-    return cheap and (residual is not None or activation not in _ROUNDED)
+    return cheap and (residual is not None or activation not in ROUNDED)

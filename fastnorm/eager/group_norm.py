@@ -21,9 +21,6 @@ from fastnorm.eager.batch_norm import rounds_between
 from fastnorm.eager.group_norm_cpu import GroupNormFunction, normalize
 from fastnorm.eager.native import STEPS
 
-SHORT = 1 << 17
-"""Elements below which what Python does counts."""
-
 
 def group_norm(
     input: Tensor,
@@ -35,25 +32,6 @@ def group_norm(
     activation: str,
 ) -> Tensor:
     """`act(group_norm(input) + residual)` of arguments that `functional.group_norm` has checked."""
-    dtype = native.WIDER.get(input.dtype, input.dtype)
-    if (  # nothing to cast, add or gain, as of most calls: the shortest way
-        residual is None
-        and input.numel() > 0
-        and (
-            torch.compiler.is_compiling()  # sizes, once asked for, are compiled for
-            or (not native.is_huge(input) and (input.numel() < SHORT or activation not in STEPS))
-        )
-        and (
-            _is_exact(input, weight, bias, activation)
-            if dtype is not input.dtype
-            else (weight is None or weight.dtype is dtype)
-            and (bias is None or (weight is not None and bias.dtype is dtype))
-        )
-        and (input.is_contiguous() or native.needs_no_gradient(weight, bias))
-        and not native.transformed()
-    ):
-        z = torch.group_norm(input, num_groups, weight, bias, eps, torch.backends.cudnn.enabled)
-        return z if activation == "identity" else ACTIVATIONS[activation](z)
     y_dtype = native.output_dtype(input, residual)
     input, weight, bias = prepared(input, weight, bias, residual, activation)
     plain = not input.is_cpu or torch.compiler.is_compiling() or native.observed(input)
@@ -76,17 +54,6 @@ def group_norm(
     else:
         z = native.finish(normalize(input, num_groups, weight, bias, eps)[0], residual, inner)
     return (z if inner == activation else ACTIVATIONS[activation](z)).to(y_dtype)
-
-
-def _is_exact(input: Tensor, weight: Tensor | None, bias: Tensor | None, activation: str) -> bool:
-    """Whether torch, of a 16-bit input, computes in float32 and rounds once."""
-    if not input.is_cpu or (activation != "identity" and rounds_between(input, None, activation)):
-        return False
-    if weight is not None and weight.dtype is torch.float32:
-        return bias is None or bias.dtype is torch.float32
-    # of 16-bit parameters too, but for what it keeps for a backward
-    same = all(t is None or t.dtype is input.dtype for t in (weight, bias))
-    return same and native.needs_no_gradient(input, weight, bias)
 
 
 def prepared(

@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fastnorm import checks
-from fastnorm.backend import implementation
+from fastnorm.backend import at_once, implementation
+from fastnorm.eager import direct
 
 
 def group_norm(
@@ -44,6 +45,10 @@ def group_norm(
     >>> FF.group_norm(x, 2, eps=1e-12, activation="relu")
     tensor([[0., 1., 0., 1.]])
     """
+    if residual is None:
+        done = at_once(direct.group_norm, input, num_groups, weight, bias, eps, activation)
+        if done is not None:
+            return done
     checks.group_statistics(input, num_groups, weight, bias)
     if residual is not None:
         checks.residual(residual, input.shape, input)
@@ -102,6 +107,13 @@ def instance_norm(
     tensor([[[0., 1.],
              [0., 1.]]])
     """
+    if residual is None:
+        done = at_once(
+            direct.instance_norm, input, running_mean, running_var, weight, bias,
+            use_input_stats, eps, activation,
+        )  # fmt: skip
+        if done is not None:
+            return done
     checks.instance_statistics(input, running_mean, running_var, weight, bias, use_input_stats)
     if residual is not None:
         checks.residual(residual, input.shape, input)

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from fastnorm import checks
-from fastnorm.backend import implementation
+from fastnorm.backend import at_once, implementation
+from fastnorm.eager import direct
 
 EPSILON_32, EPSILON_64 = (torch.finfo(dtype).eps for dtype in (torch.float32, torch.float64))
 
@@ -47,6 +48,9 @@ def layer_norm(
     tensor([[-1.,  1.],
             [ 0.,  0.]])
     """
+    done = at_once(direct.layer_norm, input, normalized_shape, weight, bias, eps, activation)
+    if done is not None:
+        return done
     checks.row_statistics("layer_norm", input, normalized_shape, weight, bias)
     if activation != "identity":
         checks.activation(activation)
@@ -86,6 +90,9 @@ def rms_norm(
     tensor([[ 1.,  1.],
             [-1.,  1.]])
     """
+    done = at_once(direct.rms_norm, input, normalized_shape, weight, eps, activation)
+    if done is not None:
+        return done
     checks.row_statistics("rms_norm", input, normalized_shape, weight, None)
     if activation != "identity":
         checks.activation(activation)
