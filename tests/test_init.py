@@ -594,6 +594,19 @@ def test_lsuv_of_norms_shared_layers_and_parametrizations():
     assert "never called" in report["unused"].reason
 
 
+def test_lsuv_says_where_a_scale_cannot_be_set():
+    normed = nn.utils.parametrizations.spectral_norm(nn.Linear(16, 16))
+    report = init.lsuv(nn.Sequential(normed, nn.Linear(16, 4)), 0.1 * torch.randn(64, 16))
+    assert report["0"].std < 0.5
+    assert report["0"].reason == "orthogonal; its parametrization sets the scale"
+    assert report["1"].std == pytest.approx(1, rel=1e-4)
+
+
+def test_lsuv_needs_values():
+    with pytest.raises(ValueError, match="weight is on the meta device"):
+        init.lsuv(nn.Sequential(nn.Linear(4, 4, device="meta")), torch.randn(8, 4, device="meta"))
+
+
 def test_lsuv_takes_arguments_by_name():
     model = Functional()
     report = init.lsuv(model, {"x": torch.randn(50, 4), "scale": torch.full((4,), 3.0)})

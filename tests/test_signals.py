@@ -11,9 +11,9 @@ from torch import nn
 import fastnorm
 from fastnorm import init, signals
 from fastnorm.cli.models import FASTNORM, MODELS
-from fastnorm.signals import moments, recording
+from fastnorm.signals import moments, watch
 from fastnorm.signals.moments import First, Moments
-from fastnorm.signals.samples import spread, units_axis
+from fastnorm.signals.samples import Samples, units_axis
 from fastnorm.signals.weights import alike
 
 
@@ -104,8 +104,8 @@ def test_moments_far_from_zero_are_exact():
     parts = [1e8 + torch.randn(50, 2, dtype=torch.float64) for _ in range(3)]
     found = Moments()
     for part in parts:
-        found.add(part, (), torch.empty_like(part))
-    numbers = found.numbers([float(value) for value in found.parts])
+        found.add(part.flatten(), (), torch.empty(100, dtype=torch.float64))
+    numbers = found.read(float)
     want = torch.cat(parts)
     assert numbers["mean"] == pytest.approx(want.mean().item(), rel=1e-14)
     assert numbers["std"] == pytest.approx(want.std(correction=0).item(), rel=1e-6)
@@ -116,7 +116,7 @@ def test_moments_far_from_zero_are_exact():
 def test_a_sample_is_small_and_has_all_units(shape, last):
     x = torch.arange(math.prod(shape), dtype=torch.float64).reshape(shape)
     axis = units_axis(x, last)
-    picked = spread(x, axis, 500)
+    picked = Samples(500).take(x, axis)
     assert picked.shape[1] == shape[axis]
     assert picked.numel() <= max(600, shape[axis])
     assert picked.numel() >= min(x.numel(), 500) / 8
@@ -124,7 +124,7 @@ def test_a_sample_is_small_and_has_all_units(shape, last):
     units = x.movedim(axis, -1).reshape(-1, shape[axis])
     for unit in range(shape[axis]):
         assert torch.isin(picked[:, unit], units[:, unit]).all()
-    assert torch.equal(spread(x, axis, x.numel()), units)
+    assert torch.equal(Samples(x.numel()).take(x, axis), units)
 
 
 def test_the_sample_size_is_heeded_and_close():
@@ -171,6 +171,22 @@ def test_updates_are_related_to_weights():
         (want * before.norm()).item(), rel=1e-4
     )
     assert math.isnan(recorded(model, torch.randn(7, 6)).layers[0].update_ratio)
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_updates_of_large_weights_are_sampled_from_all_units(memory_format):
+    """An update of one unit in eight, 100 times that of the others."""
+    model = nn.Conv2d(64, 64, 3, bias=False).to(memory_format=memory_format)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    before = model.weight.detach().clone()
+    with signals.record(model, optimizer=optimizer) as seen:
+        model(torch.randn(2, 64, 5, 5)).square().mean().backward()
+        model.weight.grad = torch.randn_like(before)
+        model.weight.grad[3::8] *= 100
+        optimizer.step()
+    want = (model.weight.detach() - before).norm() / before.norm()
+    # 8,192 of 36,864 values in runs of 16, an eighth of which make the sum: 1,000 independent ones
+    assert seen.layers[0].update_ratio == pytest.approx(want.item(), rel=0.15)
 
 
 @pytest.mark.parametrize("name", sorted(MODELS))
@@ -465,6 +481,29 @@ def test_zero_weights_with_gradients_of_their_own_are_not_identical():
     assert found(seen, "identical units") == []
 
 
+@pytest.mark.parametrize("border", ["first", "last"])
+def test_a_dark_border_does_not_make_units_alike(border):
+    """Of zero weights only the gradients differ, and those of inputs that are 0 are 0."""
+    model, x, labels = nn.Linear(784, 10), torch.rand(64, 784), torch.randint(10, (64,))
+    nn.init.zeros_(model.weight)
+    x[:, slice(0, 300) if border == "first" else slice(-300, None)] = 0
+    seen = recorded(model, x, loss=lambda y: F.cross_entropy(y, labels))
+    assert found(seen, "identical units") == []
+
+
+def test_units_that_an_update_told_apart_are_not_identical():
+    model = nn.Sequential(nn.Linear(8, 16, bias=False), nn.Tanh(), nn.Linear(16, 4, bias=False))
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for noise in (0.0, 1.0):
+        with signals.record(model) as seen:
+            model(torch.randn(64, 8)).square().mean().backward()
+            model[0].weight.grad += noise * torch.randn(16, 8)
+            optimizer.step()
+        assert ("0" in found(seen, "identical units")) == (noise == 0)
+
+
 def test_alike_counts_pairs_in_both():
     weights = torch.tensor([1.0, 1.0 + 1e-7, 2.0, 3.0, 3.0])
     pairs = [
@@ -609,7 +648,7 @@ def test_not_finite_after_many_calls(monkeypatch):
     first = First()
     for event, value in enumerate([1.0, 2.0, math.inf, math.nan], 1):
         first.add(torch.tensor(value), event)
-    assert first.number([float(value) for value in first.parts]) == 3
+    assert first.read(float) == 3
 
 
 # What is shown.
@@ -652,8 +691,8 @@ def test_one_transfer_for_all(monkeypatch):
     """No number leaves a device other than the CPU before the end."""
     calls = []
     monkeypatch.setattr(moments, "keeps_floats", lambda tensor: False)
-    kept = recording.to_cpu
-    monkeypatch.setattr(recording, "to_cpu", lambda tensors: calls.append(1) or kept(tensors))
+    kept = watch.OnCpu
+    monkeypatch.setattr(watch, "OnCpu", lambda found: calls.append(1) or kept(found))
     refused = ("item", "tolist", "cpu", "__float__", "__bool__", "__int__")
     model = MODELS["resnet"].build(FASTNORM, torch.Size([1, 8, 8]), 10)
     x = torch.randn(16, 1, 8, 8)

@@ -38,7 +38,8 @@ def lsuv(
         A report whose `std` is the deviation of the layer's output afterwards, measured.
 
     Raises:
-        ValueError: a layer's output is constant or not finite. Parameters are as before then.
+        ValueError: a layer's output is constant or not finite, or the model on the meta device,
+            without values. Parameters are as before then.
         TypeError, ValueError, RuntimeError: as `initialize`.
 
     Source: Mishkin & Matas 2016, "All you need is a good init".
@@ -50,6 +51,9 @@ def lsuv(
     1.0
     """
     check(model, generator)
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(f"{name} is on the meta device: lsuv needs values to measure")
     arguments: tuple[Any, ...] = ()
     named: dict[str, Any] = {}
     if isinstance(batch, Mapping):
@@ -92,8 +96,13 @@ class _Scaler:
                 )
             module.weight = _divided(module, std)
             scaled: Tensor = module.forward(*args, **kwargs)
-            reason = f"orthogonal, divided by {std:.4g}, the deviation of its output"
-            self.rows[name] = Initialized(name, "lsuv", row.fan, _std(scaled), reason)
+            reason, after = (
+                f"orthogonal, divided by {std:.4g}, the deviation of its output",
+                _std(scaled),
+            )
+            if abs(after - 1) > 0.1 and "weight" not in module._parameters:
+                reason = "orthogonal; its parametrization sets the scale"  # spectral_norm
+            self.rows[name] = Initialized(name, "lsuv", row.fan, after, reason)
             return scaled
 
         return module.register_forward_hook(scale, with_kwargs=True)

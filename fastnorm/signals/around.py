@@ -37,9 +37,8 @@ def module_by_module(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         if "torch._dynamo" in sys.modules:  # else nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
-        if any(
-            isinstance(m, (nn.MultiheadAttention, nn.TransformerEncoder)) for m in model.modules()
-        ):
+        fused = (nn.MultiheadAttention, nn.TransformerEncoder)
+        if any(issubclass(kind, fused) for kind in set(map(type, model.modules()))):
             mha = torch.backends.mha
             stack.callback(mha.set_fastpath_enabled, mha.get_fastpath_enabled())
             mha.set_fastpath_enabled(False)

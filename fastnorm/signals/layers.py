@@ -9,7 +9,7 @@ class LayerSignal:
     """What a layer did while it was recorded; NaN or None where that was not seen, or has no sense.
 
     Moments and shares are those of a sample of the output's elements, evenly spread, of every call;
-    `dead` and `total` are of all elements.
+    `dead` and norms are of all elements.
 
     >>> import torch, fastnorm
     >>> model = torch.nn.Linear(3, 2)
@@ -35,16 +35,16 @@ class LayerSignal:
     """Values of each unit, over all calls."""
     gradient_norm: float
     """Norm of the loss's gradient with respect to the output; over calls, the root mean square."""
-    weight_norm: float
-    weight_gradient_norm: float
+    weight_norm: float = math.nan
+    weight_gradient_norm: float = math.nan
     """Of the last backward pass."""
-    update_ratio: float
+    update_ratio: float = math.nan
     """Norm of the weight's last update over the weight's; seen with an optimizer."""
-    identical: float
+    identical: float = 0.0
     """Share of units whose weights, and their gradients, are those of another unit."""
-    failed: float
-    """When the output's sum was not finite first: a count of events; inf: never."""
-    gradient_failed: float
+    failed: float = math.inf
+    """When the output was not finite first: a count of events; inf: never."""
+    gradient_failed: float = math.inf
     """The same for the gradient."""
     samples: int | None = None
     """BatchNorm in training: the smallest batch seen, and below, a channel's values in it."""

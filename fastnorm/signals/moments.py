@@ -1,6 +1,7 @@
 """Sums over a tensor that stay on its device: a few small operators a call, no synchronization."""
 
 import math
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -12,6 +13,8 @@ MANY = 256
 """Results of single calls that are kept before they are merged."""
 EXACT = 1e-15
 """Norms above this are sums of squares that float32 holds in full: of elements above 1e-19."""
+DOTS = (torch.float32, torch.float64)
+"""A dot product of these is a sum of squares, at least in float32."""
 
 
 def keeps_floats(tensor: Tensor) -> bool:
@@ -27,15 +30,22 @@ def number(value: Tensor) -> Number:
 
 
 class First:
-    """When a quantity was not finite first; the quantities wait on the device until asked for."""
+    """When a quantity was not finite first: a float tells at once, a tensor waits on its device."""
+
+    __slots__ = ("before", "event", "events", "values")
 
     def __init__(self) -> None:
-        self.values: list[Number] = []
+        self.event = math.inf
+        self.values: list[Tensor] = []
         self.events: list[int] = []
-        self.before: Number | None = None
+        self.before: Tensor | None = None
 
     def add(self, value: Number, event: int) -> None:
         """`value`, 0-dimensional, was seen at the time `event`."""
+        if not isinstance(value, Tensor):
+            if not math.isfinite(value):
+                self.event = min(self.event, event)
+            return
         self.values.append(value)
         self.events.append(event)
         if len(self.values) >= MANY:
@@ -43,35 +53,31 @@ class First:
 
     def _merge(self) -> None:
         """All events so far as one: inf where all were finite."""
-        on_device = next((v.device for v in self.values if isinstance(v, Tensor)), None)
-        if on_device is None:
-            self.before = self.number([float(value) for value in (*self.values, *self._earlier)])
-        else:
-            stacked = torch.stack([torch.as_tensor(v, device=on_device) for v in self.values])
-            events = torch.tensor(self.events, dtype=torch.float32).to(on_device)
-            first = torch.where(stacked.isfinite(), math.inf, events).min()
-            for before in self._earlier:
-                first = torch.minimum(first, torch.as_tensor(before, device=on_device))
-            self.before = first
-        self.values, self.events = [], []
-
-    @property
-    def _earlier(self) -> list[Number]:
-        return [] if self.before is None else [self.before]
+        device = self.values[0].device
+        stacked = torch.stack([value.to(device) for value in self.values])
+        events = torch.tensor(self.events, dtype=torch.float32).to(device)
+        first = torch.where(stacked.isfinite(), math.inf, events).min()
+        if self.before is not None:
+            first = torch.minimum(first, self.before.to(device))
+        self.values, self.events, self.before = [], [], first
 
     @property
     def parts(self) -> list[Number]:
-        return [*self.values, *self._earlier]
+        return [*self.values] if self.before is None else [*self.values, self.before]
 
-    def number(self, values: list[float]) -> float:
-        """The first event that was not finite, from the values of `parts`; inf: there was none."""
-        merged = values[len(self.events) :]
-        found = [e for e, v in zip(self.events, values, strict=False) if not math.isfinite(v)]
-        return float(min([*merged, *found], default=math.inf))
+    def read(self, value: Callable[[Number], float]) -> float:
+        """The first event that was not finite; inf: there was none."""
+        first = self.event
+        if self.values:
+            seen = zip(self.events, map(value, self.values), strict=True)
+            first = min(first, *(event for event, one in seen if not math.isfinite(one)), math.inf)
+        return first if self.before is None else min(first, value(self.before))
 
 
 class Moments:
     """Count, mean, Σ(x − mean)², zeros and saturated values, merged over calls (Chan)."""
+
+    __slots__ = ("calls", "count", "failed", "parts")
 
     def __init__(self) -> None:
         self.calls = 0
@@ -80,17 +86,16 @@ class Moments:
         self.failed = First()
 
     def add(self, sample: Tensor, bounds: tuple[float, ...], scratch: Tensor) -> None:
-        """One call's sample; `scratch` is room for another."""
+        """One call's sample, of one axis; `scratch` is room for another."""
         count = sample.numel()
         self.calls += 1
         if count == 0:
             return
-        average = sample.mean()
-        spread = torch.linalg.vector_norm(torch.sub(sample, average, out=scratch))
-        found = [number(t) for t in (average, spread, torch.count_nonzero(sample))]
-        found.append(number(_saturated(sample, bounds)) if bounds else found[2])
-        mean, deviation, nonzero, saturated = found
-        m2 = deviation * deviation
+        average = sample.sum().div_(count)
+        torch.sub(sample, average, out=scratch)
+        mean, m2 = number(average), number(torch.dot(scratch, scratch))
+        nonzero = number(torch.count_nonzero(sample))
+        saturated = number(_saturated(sample, bounds)) if bounds else 0.0
         if self.count:
             before, both = self.parts, self.count + count
             delta = mean - before[0]
@@ -100,11 +105,10 @@ class Moments:
         self.parts = [mean, m2, nonzero, saturated]
         self.count += count
 
-    def numbers(self, values: list[float]) -> dict[str, float]:
-        """The results, from the values of `parts`."""
-        if not values:
+    def read(self, value: Callable[[Number], float]) -> dict[str, float]:
+        if not self.parts:
             return dict.fromkeys(("mean", "std", "zeros", "saturated"), math.nan)
-        mean, m2, nonzero, saturated = values
+        mean, m2, nonzero, saturated = map(value, self.parts)
         variance = m2 / self.count
         return {
             "mean": mean,
@@ -117,6 +121,8 @@ class Moments:
 class Norms:
     """The root mean square, over calls, of a norm."""
 
+    __slots__ = ("calls", "failed", "squares")
+
     def __init__(self) -> None:
         self.calls = 0
         self.squares: Number = 0.0
@@ -128,15 +134,11 @@ class Norms:
         self.calls += 1
         self.squares = self.squares + kept * kept
 
-    @property
-    def parts(self) -> list[Number]:
-        return [self.squares] if self.calls else []
-
-    def number(self, values: list[float]) -> float:
-        """The result, from the value of `parts`."""
-        if not values:
+    def read(self, value: Callable[[Number], float]) -> float:
+        if not self.calls:
             return math.nan
-        return math.sqrt(values[0] / self.calls) if values[0] >= 0 else math.nan
+        squares = value(self.squares)
+        return math.sqrt(squares / self.calls) if squares >= 0 else math.nan
 
 
 def norm(tensor: Tensor) -> Number:
@@ -146,15 +148,16 @@ def norm(tensor: Tensor) -> Number:
     """
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor.resolve_conj())
-    wide = torch.promote_types(tensor.dtype, torch.float32)
-    if not keeps_floats(tensor):
-        found: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
-        return found if tensor.device.type == "mps" else found.double()
-    whole = flat(tensor) if tensor.dtype is wide else None
-    if whole is None:
-        result = float(torch.linalg.vector_norm(tensor, dtype=wide))
-    else:  # half the time
+    floats = keeps_floats(tensor)
+    whole = flat(tensor) if floats and tensor.dtype in DOTS else None
+    if whole is not None:  # half the time
         result = math.sqrt(torch.dot(whole, whole).item())
+    else:
+        wide = torch.promote_types(tensor.dtype, torch.float32)
+        found: Tensor = torch.linalg.vector_norm(tensor, dtype=wide)
+        if not floats:
+            return found if tensor.device.type == "mps" else found.double()
+        result = float(found)
     if EXACT < result < math.inf or math.isnan(result):
         return result
     return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))

@@ -18,10 +18,9 @@ from fastnorm.signals.findings import Finding, find
 from fastnorm.signals.layers import LayerSignal
 from fastnorm.signals.moments import First, number
 from fastnorm.signals.samples import Samples
-from fastnorm.signals.tensors import inside, is_plain, to_cpu
-from fastnorm.signals.watch import PARTS, Watch, activation_of, is_watched, total, units_last
-from fastnorm.signals.weights import alike
-from fastnorm.structure import activations, layers
+from fastnorm.signals.tensors import inside, is_plain
+from fastnorm.signals.watch import Watch, activation_of, collect, kind, total
+from fastnorm.structure import activations
 
 SAMPLE = 2**13
 
@@ -144,14 +143,15 @@ class Signals:
         for handle in self._handles:
             handle.remove()
         self._handles, self._running, self._depth = [], [], 0
-        self.layers = self._collect()
+        self._samples.finish()
+        self.layers, self.input_failed = collect(list(self._watches.values()), self._inputs)
         self._watches, self._output, self._known = {}, None, None
         self._samples = Samples(self.sample)
 
     def _attach_all(self) -> None:
         self._attach_model()
         for name, module in self.model.named_modules():
-            if is_watched(module):
+            if kind(module).watched:
                 self._attach(Watch(name, module, activation_of(module)), module)
         if self.optimizer is not None:
             self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
@@ -197,8 +197,8 @@ class Signals:
                 return
             if module is not None:
                 self._last = watch.name
-                if isinstance(module, (*layers.LAYERS, *layers.NORMS, *layers.FUSED)):
-                    self._units_last = units_last(module)
+                if watch.units_last is not None:
+                    self._units_last = watch.units_last
             # within a backward pass a checkpoint is computed again: seen already
             if torch._C._current_graph_task_id() < 0:
                 self._measure(watch, input, tensor)
@@ -291,24 +291,3 @@ class Signals:
         for watch in self._watches.values():
             if watch.weight is not None:
                 watch.weight.after_step(self.sample)
-
-    @torch.no_grad()
-    def _collect(self) -> list[LayerSignal]:
-        """Every layer's numbers, by one transfer from each device."""
-        self._samples.finish()
-        watches = list(self._watches.values())
-        groups = [group for watch in watches for group in watch.parts()]
-        projected = [w.weight for w in watches if w.weight is not None and w.weight.projections]
-        projections = [one for weight in projected for one in weight.projections or ()]
-        inputs = self._inputs.parts
-        moved = iter(
-            to_cpu([*inputs, *(number for group in groups for number in group), *projections])
-        )
-        self.input_failed = self._inputs.number([float(next(moved)) for _ in inputs])
-        values = iter([[float(next(moved)) for _ in group] for group in groups])
-        pairs = [(torch.as_tensor(next(moved)), torch.as_tensor(next(moved))) for _ in projected]
-        identical = dict(zip(map(id, projected), alike(pairs), strict=True))
-        return [
-            watch.signal([next(values) for _ in range(PARTS)], identical.get(id(watch.weight), 0.0))
-            for watch in watches
-        ]

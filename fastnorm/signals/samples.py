@@ -5,9 +5,12 @@ takes five times as long as right after its likes, since the caches are the mode
 for one copy, and the operators run when the buffer is full and at the end.
 """
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +29,11 @@ def units_axis(tensor: Tensor, last: bool) -> int:
 @functools.lru_cache(maxsize=4096)
 def _window(
     shape: torch.Size, strides: tuple[int, ...], axis: int, count: int
-) -> tuple[tuple[int, ...], tuple[int, ...], int, int]:
-    """(shape, strides, offset, values of a unit) of about `count` elements, the axis put last."""
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], int, int]:
+    """(shape, strides, those of a dense copy, offset, values of a unit) of about `count` elements.
+
+    The axis comes last.
+    """
     sizes, steps, offset = list(shape), list(strides), 0
     excess = math.prod(shape) / count
     # positions before samples, the innermost axis last: its elements share cache lines
@@ -44,24 +50,8 @@ def _window(
         sizes[a], steps[a] = size, steps[a] * step
     order = [a for a in range(len(shape)) if a != axis] + [axis]
     sizes, steps = [sizes[a] for a in order], [steps[a] for a in order]
-    return tuple(sizes), tuple(steps), offset, math.prod(sizes[:-1])
-
-
-def _picked(tensor: Tensor, axis: int, count: int) -> tuple[Tensor, int]:
-    """About `count` elements, evenly spread over all axes but `axis`, which is last; its values."""
-    if tensor.dim() == 0:
-        tensor = tensor.reshape(1)
-    sizes, strides, offset, values = _window(tensor.shape, tensor.stride(), axis, count)
-    return tensor.as_strided(sizes, strides, tensor.storage_offset() + offset), values
-
-
-def spread(tensor: Tensor, axis: int, count: int) -> Tensor:
-    """About `count` elements, evenly spread over all axes but `axis`: (values, units) in float64.
-
-    Float64 because squares of what a float32 holds overflow in float32; MPS has none.
-    """
-    picked, values = _picked(tensor.detach(), axis, count)
-    return picked.to(_wide(tensor.device)).reshape(values, picked.shape[-1])
+    dense = tuple(math.prod(sizes[a + 1 :]) for a in range(len(sizes)))
+    return tuple(sizes), tuple(steps), dense, offset, math.prod(sizes[:-1])
 
 
 class Samples:
@@ -74,39 +64,51 @@ class Samples:
         self._buffers: dict[torch.device, Tensor] = {}
         self._used: dict[torch.device, int] = {}
         self._scratch: dict[torch.device, Tensor] = {}
-        self._work: list[Callable[[], None]] = []
+        self._waiting = 0
+        self._work: dict[Callable[[list[Any], Samples], None], list[Any]] = {}
 
     def take(self, tensor: Tensor, axis: int) -> Tensor:
-        """A sample as of `spread`, there until `turn` changes; `tensor` needs no gradient."""
-        picked, values = _picked(tensor, axis, self.count)
-        size, device = picked.numel(), tensor.device
-        if self._used.get(device, 0) + size > SPACE or len(self._work) >= MANY:
-            self.finish()
-        if size > SPACE:
-            return picked.to(_wide(device)).reshape(values, picked.shape[-1])
+        """About `count` elements, evenly spread over all axes but `axis`: (values, units).
+
+        They are there until `turn` changes; `tensor` needs no gradient. In float64, because squares
+        of what a float32 holds overflow in float32; MPS has none.
+        """
+        if tensor.dim() == 0:
+            tensor = tensor.reshape(1)
+        shape, strides, dense, offset, values = _window(
+            tensor.shape, tensor.stride(), axis, self.count
+        )
+        picked = tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
+        size, device = values * shape[-1], tensor.device
         start = self._used.get(device, 0)
+        if start + size > SPACE or self._waiting >= MANY:
+            self.finish()
+            start = 0
+        if size > SPACE:
+            return picked.to(_wide(device), copy=True).reshape(values, shape[-1])
         self._used[device] = start + size
-        place = _buffer(self._buffers, device)[start : start + size]
-        place.view(picked.shape).copy_(picked)
-        return place.view(values, picked.shape[-1])
+        buffer = _buffer(self._buffers, device)
+        buffer.as_strided(shape, dense, start).copy_(picked)
+        return buffer.as_strided((values, shape[-1]), (shape[-1], 1), start)
 
     def scratch(self, sample: Tensor) -> Tensor:
         """Room for a tensor like this sample; memory from the system costs more than to fill it."""
         if sample.numel() > SPACE:
             return torch.empty_like(sample)
-        return _buffer(self._scratch, sample.device)[: sample.numel()].view(sample.shape)
+        return _buffer(self._scratch, sample.device).as_strided(sample.shape, sample.stride())
 
-    def later(self, work: Callable[[], None]) -> None:
-        """What to do with samples, before they are overwritten."""
-        self._work.append(work)
+    def later(self, work: Callable[[list[Any], Samples], None], item: Any) -> None:
+        """Call `work` with all its items, before the samples among them are overwritten."""
+        self._work.setdefault(work, []).append(item)
+        self._waiting += 1
 
     def finish(self) -> None:
         """Do it now."""
-        work, self._work = self._work, []
+        waiting, self._work, self._waiting = self._work, {}, 0
         self._used = dict.fromkeys(self._used, 0)
         self.turn += 1
-        for do in work:
-            do()
+        for work, items in waiting.items():
+            work(items, self)
 
 
 def _buffer(buffers: dict[torch.device, Tensor], device: torch.device) -> Tensor:

@@ -1,6 +1,6 @@
 """Tensors among what a layer takes and gives: which can be summed up, and how sums come home."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -34,23 +34,37 @@ def inside(value: object) -> Iterator[Tensor]:
             yield from inside(one)
 
 
-def to_cpu(found: list[Number]) -> list[Number]:
-    """The same on the CPU, tensors in float64, those of one device in one transfer.
+class OnCpu:
+    """Numbers as floats and vectors in float64 on the CPU, those of one device in one transfer."""
 
-    Those of 0 dimensions are stacked by dtype first: most of them are, and there are hundreds.
-    """
-    result = list(found)
-    tensors = {index: t for index, t in enumerate(found) if isinstance(t, Tensor)}
-    groups: dict[tuple[torch.device, torch.dtype, torch.Size], list[int]] = {}
-    for index, tensor in tensors.items():
-        groups.setdefault((tensor.device, tensor.dtype, tensor.shape), []).append(index)
-    for device in {device for device, _, _ in groups}:
-        mine = [indices for key, indices in groups.items() if key[0] == device]
-        wide = torch.float32 if device.type == "mps" else torch.float64
-        stacks = [torch.stack([tensors[index] for index in indices]) for indices in mine]
-        flat = torch.cat([stack.flatten().to(wide) for stack in stacks]).cpu().double()
-        parts = torch.split(flat, [stack.numel() for stack in stacks])
-        for indices, part, stack in zip(mine, parts, stacks, strict=True):
-            for index, value in zip(indices, part.reshape(stack.shape).unbind(), strict=True):
-                result[index] = value
+    def __init__(self, found: Iterable[Number]) -> None:
+        groups: dict[torch.device, list[Tensor]] = {}
+        for value in found:
+            if isinstance(value, Tensor):
+                groups.setdefault(value.device, []).append(value)
+        self._moved: dict[int, Tensor] = {}
+        self._kept = groups  # an id serves as long as its tensor lives
+        for device, tensors in groups.items():
+            wide = torch.float32 if device.type == "mps" else torch.float64
+            self._moved.update(zip(map(id, tensors), _moved(tensors, wide), strict=True))
+
+    def number(self, value: Number) -> float:
+        return float(self._moved[id(value)]) if isinstance(value, Tensor) else value
+
+    def vector(self, value: Tensor) -> Tensor:
+        return self._moved[id(value)]
+
+
+def _moved(tensors: Sequence[Tensor], wide: torch.dtype) -> list[Tensor]:
+    """Those of one shape and dtype are stacked first: most have no dimensions, and are hundreds."""
+    groups: dict[tuple[torch.dtype, torch.Size], list[int]] = {}
+    for index, tensor in enumerate(tensors):
+        groups.setdefault((tensor.dtype, tensor.shape), []).append(index)
+    stacks = [torch.stack([tensors[index] for index in group]) for group in groups.values()]
+    flat = torch.cat([stack.flatten().to(wide) for stack in stacks]).cpu().double()
+    result = list(tensors)
+    parts = flat.split_with_sizes([stack.numel() for stack in stacks])
+    for group, stack, part in zip(groups.values(), stacks, parts, strict=True):
+        for index, value in zip(group, part.view(stack.shape).unbind(), strict=True):
+            result[index] = value
     return result

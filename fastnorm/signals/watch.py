@@ -1,15 +1,18 @@
 """Watch: the hooks on one layer, and what they add up."""
 
 import math
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from fastnorm.signals.gaps import BatchNormGap
 from fastnorm.signals.layers import LayerSignal
-from fastnorm.signals.moments import Moments, Norms, Number, number
+from fastnorm.signals.moments import First, Moments, Norms, Number, number
 from fastnorm.signals.samples import Samples, units_axis
-from fastnorm.signals.weights import Weight
+from fastnorm.signals.tensors import OnCpu
+from fastnorm.signals.weights import Weight, alike
 from fastnorm.structure import activations, layers
 from fastnorm.structure.activations import Activation
 
@@ -19,13 +22,45 @@ BOUNDS = {
 }  # fmt: skip
 SMALL_PLANE = 200
 """Positions, below which torch reduces over samples and positions at once 5 to 25 times slower."""
-PARTS = 9
-"""Groups of numbers that a layer has."""
 DYING = frozenset(("relu", "relu6"))
 WEIGHTED = (
     nn.Linear, nn.Bilinear, *layers.CONVOLUTIONS, *layers.RECURRENT, *layers.FUSED,
     nn.MultiheadAttention,
 )  # fmt: skip
+
+
+class Kind(NamedTuple):
+    """What a module is by its class alone; asked of every module of a model."""
+
+    watched: bool
+    units_last: bool | None
+    """Whether units are on the last axis; in convolutions and channel norms they are on axis 1.
+    None: as in the layer before."""
+    weighted: bool
+    batch_norm: bool
+
+
+def kind(module: nn.Module) -> Kind:
+    of = type(module)
+    if of not in _KINDS:
+        _KINDS[of] = _kind(of)
+    return _KINDS[of]
+
+
+def _kind(of: type[nn.Module]) -> Kind:
+    signal = issubclass(of, (*layers.LAYERS, *layers.NORMS, *layers.FUSED))
+    passing = issubclass(of, (*layers.VIEWS, *layers.DROPOUTS, *layers.POOLS))
+    channels = (nn.modules.batchnorm._NormBase, nn.GroupNorm, *layers.CONVOLUTIONS)
+    fused = layers.FUSED_CONVOLUTIONS
+    return Kind(
+        watched=signal or (activations.name_of(of) is not None and not passing),
+        units_last=not issubclass(of, (*channels, *fused)) if signal else None,
+        weighted=issubclass(of, WEIGHTED),
+        batch_norm=issubclass(of, (*layers.BATCH_NORMS, *layers.FUSED)),
+    )
+
+
+_KINDS: dict[type[nn.Module], Kind] = {}
 
 
 class Watch:
@@ -34,52 +69,57 @@ class Watch:
     def __init__(self, name: str, module: nn.Module | None, activation: Activation | None) -> None:
         self.name, self.module = name, module
         self.kind = str(activation) if module is None else type(module).__name__
+        self.units_last, self.weighted, self.batch_norm = None, False, None
+        if module is not None:
+            _, self.units_last, self.weighted, batch_norm = kind(module)
+            self.batch_norm = BatchNormGap(module) if batch_norm else None
         self.bounds = _bounds(module, activation)
         self.dying = activation is not None and activation.name in DYING
         self.output, self.gradient = Moments(), Norms()
         self.peak: Tensor | None = None  # by unit, of a ReLU
+        self.dead: Number = math.nan
         self.values = 0
         self.weight = _weight(module)
-        self.batch_norm: BatchNormGap | None = None
-        if isinstance(module, (*layers.BATCH_NORMS, *layers.FUSED)):
-            self.batch_norm = BatchNormGap(module)
 
     def forward(self, output: Tensor, event: int, last: bool, samples: Samples) -> Tensor:
         """See a call's output, detached; the sample of it, (values, units)."""
         axis = units_axis(output, last)
         picked = samples.take(output, axis)
-        samples.later(lambda: self.output.add(picked, self.bounds, samples.scratch(picked)))
-        self.output.failed.add(number(total(output)), event)
+        samples.later(_add, (self, picked))
+        sum_of = output
         if self.dying and output.dim() > 1 and output.numel():
-            peak = _peak(output, axis)
+            # nothing is below 0 here: what is not finite is a unit's largest value, too
+            sum_of = peak = _peak(output, axis)
             same = self.peak is not None and self.peak.shape == peak.shape
             self.peak = torch.maximum(self.peak, peak) if same and self.peak is not None else peak
             self.values += output.numel() // output.shape[axis]
+        self.output.failed.add(number(total(sum_of)), event)
         return picked
 
     def backward(self, gradient: Tensor, event: int) -> None:
         self.gradient.add(gradient.detach(), event)
 
-    def parts(self) -> list[list[Number]]:
-        """All that has to come from the device: groups of numbers."""
-        weight = self.weight
-        return [
-            self.output.parts,
-            self.output.failed.parts,
-            self.gradient.parts,
-            self.gradient.failed.parts,
-            [(self.peak <= 0).sum()] if self.peak is not None else [],
-            [] if weight is None else weight.norm(),
-            [] if weight is None or weight.gradient_norm is None else [weight.gradient_norm],
-            [] if weight is None or weight.ratio is None else [weight.ratio],
-            [] if self.batch_norm is None else self.batch_norm.gaps,
-        ]
+    def finish(self) -> None:
+        """What remains to be computed at the end of a recording."""
+        if self.peak is not None:
+            self.dead = number((self.peak <= 0).sum())
+        if self.weight is not None:
+            self.weight.finish()
 
-    def signal(self, numbers: list[list[float]], identical: float) -> LayerSignal:
-        """The numbers, from the values of `parts()`."""
-        output = self.output.numbers(numbers[0])
-        dead = _only(numbers[4])
-        gaps = self.batch_norm.numbers(numbers[8]) if self.batch_norm is not None else {}
+    def parts(self) -> list[Number]:
+        """All that may have to come from a device."""
+        parts = [self.dead, self.gradient.squares, *self.output.parts]
+        parts += [*self.output.failed.parts, *self.gradient.failed.parts]
+        if self.weight is not None:
+            parts += self.weight.parts
+        return parts if self.batch_norm is None else parts + self.batch_norm.parts
+
+    def read(self, value: Callable[[Number], float], identical: float) -> LayerSignal:
+        """The numbers, `value` being that of one of `parts()`."""
+        output = self.output.read(value)
+        more: dict[str, Any] = self.weight.read(value) if self.weight is not None else {}
+        if self.batch_norm is not None:
+            more |= self.batch_norm.read(value)
         return LayerSignal(
             name=self.name,
             kind=self.kind,
@@ -88,80 +128,40 @@ class Watch:
             std=output["std"],
             zeros=output["zeros"],
             saturated=output["saturated"] if self.bounds else math.nan,
-            dead=dead / self.peak.numel() if self.peak is not None else math.nan,
+            dead=value(self.dead) / self.peak.numel() if self.peak is not None else math.nan,
             values=self.values,
-            gradient_norm=self.gradient.number(numbers[2]),
-            weight_norm=_only(numbers[5]),
-            weight_gradient_norm=_only(numbers[6]),
-            update_ratio=_only(numbers[7]),
+            gradient_norm=self.gradient.read(value),
             identical=identical,
-            failed=self.output.failed.number(numbers[1]),
-            gradient_failed=self.gradient.failed.number(numbers[3]),
+            failed=self.output.failed.read(value),
+            gradient_failed=self.gradient.failed.read(value),
             bounded=bool(self.bounds),
-            weighted=isinstance(self.module, WEIGHTED),
-            **gaps,
+            weighted=self.weighted,
+            **more,
         )
 
 
-class BatchNormGap:
-    """How a BatchNorm's running statistics differ from its last batch's, and how few values it had.
+@torch.no_grad()
+def collect(watches: Sequence[Watch], inputs: First) -> tuple[list[LayerSignal], float]:
+    """Every layer's numbers, and when an input was not finite: by one transfer from each device."""
+    for watch in watches:
+        watch.finish()
+    pairs = [watch.weight.projections if watch.weight else None for watch in watches]
+    vectors = [vector for pair in pairs if pair is not None for vector in pair]
+    parts = [part for watch in watches for part in watch.parts()]
+    home = OnCpu([*inputs.parts, *parts, *vectors])
+    vectors = [home.vector(vector) for vector in vectors]
+    shares = iter(alike(list(zip(vectors[::2], vectors[1::2], strict=True))))
+    found = [
+        watch.read(home.number, 0.0 if pair is None else next(shares))
+        for watch, pair in zip(watches, pairs, strict=True)
+    ]
+    return found, inputs.read(home.number)
 
-    Of a layer fused with its norm only the latter is seen: the norm's input exists nowhere.
-    """
 
-    def __init__(self, module: Any) -> None:
-        parts = layers.fused_parts(module)
-        self.norm: Any = module if parts is None else getattr(module, parts[1])
-        self.fused = parts is not None
-        self.samples: int | None = None
-        self.values = self.batch = 0
-        self.gaps: list[Number] = []
-        self._picked: Tensor | None = None  # a sample of the last batch, until it is settled
-
-    def see(self, input: Tensor, picked: Tensor | None, samples: Samples) -> None:
-        """A call of the norm; of a fused layer, its output stands for the norm's input.
-
-        `picked` is a sample of the input, where there is one already.
-        """
-        axis = input.dim() - 1 if self.fused and isinstance(self.norm, nn.BatchNorm1d) else 1
-        axis = min(axis, input.dim() - 1)
-        if input.numel() == 0:
-            return
-        batch, values = input.shape[0], input.numel() // input.shape[axis]
-        if self.norm.training:
-            self.samples = batch if self.samples is None else min(self.samples, batch)
-            self.values = values if not self.values else min(self.values, values)
-        if self.fused or self.norm.running_mean is None or values < 2:
-            return
-        self._picked = samples.take(input, axis) if picked is None else picked
-        self.batch = min(batch, len(self._picked))
-        samples.later(lambda: self._settle(samples))
-
-    @torch.no_grad()
-    def _settle(self, samples: Samples) -> None:
-        picked, self._picked = self._picked, None
-        mean, var = self.norm.running_mean, self.norm.running_var
-        if picked is None or mean is None or var is None:
-            return
-        batch_mean = picked.mean(0)
-        centred = torch.sub(picked, batch_mean, out=samples.scratch(picked))
-        batch_var = centred.square_().mean(0)
-        running = var.to(picked.dtype) + self.norm.eps
-        mean_gap = ((batch_mean - mean.to(picked.dtype)).square() / running).mean().sqrt()
-        var_gap = ((batch_var + self.norm.eps) / running).log2().abs().mean()
-        tracked = self.norm.num_batches_tracked
-        count = math.nan if tracked is None else number(tracked.clone())
-        self.gaps = [number(mean_gap), number(var_gap), count]
-
-    def numbers(self, numbers: list[float]) -> dict[str, Any]:
-        seen: dict[str, Any] = {
-            "samples": self.samples, "channel_values": self.values,
-            "training": bool(self.norm.training), "momentum": self.norm.momentum,
-        }  # fmt: skip
-        if self.gaps:
-            seen["mean_gap"], seen["var_gap"], seen["batches_tracked"] = numbers[:3]
-            seen["gap_samples"] = self.batch
-        return seen
+def _add(items: Sequence[tuple[Watch, Tensor]], samples: Samples) -> None:
+    for watch, picked in items:
+        sample = picked.view(-1)
+        watch.output.add(sample, watch.bounds, samples.scratch(sample))
 
 
 def _peak(output: Tensor, axis: int) -> Tensor:
@@ -196,10 +196,6 @@ def total(tensor: Tensor) -> Tensor:
     return tensor.sum(dtype=torch.promote_types(tensor.dtype, torch.float32))
 
 
-def _only(values: list[float]) -> float:
-    return values[0] if values else math.nan
-
-
 def activation_of(module: nn.Module) -> Activation | None:
     """The activation that a module is, or that a norm or fused layer of fastnorm ends with."""
     parts = layers.fused_parts(module)
@@ -208,17 +204,3 @@ def activation_of(module: nn.Module) -> Activation | None:
     if isinstance(module, layers.NORMS):
         return activations.of_norm(module)
     return activations.of_module(module)
-
-
-def units_last(module: nn.Module) -> bool:
-    """Whether a layer's units are on the last axis; in convolutions and channel norms on axis 1."""
-    channels = (nn.modules.batchnorm._NormBase, nn.GroupNorm, *layers.CONVOLUTIONS)
-    parts = layers.fused_parts(module)
-    return parts == ("linear", "norm") or (parts is None and not isinstance(module, channels))
-
-
-def is_watched(module: nn.Module) -> bool:
-    if isinstance(module, (*layers.LAYERS, *layers.NORMS, *layers.FUSED)):
-        return True
-    passing = (*layers.VIEWS, *layers.DROPOUTS, *layers.POOLS)
-    return activations.of_module(module) is not None and not isinstance(module, passing)

@@ -7,6 +7,7 @@ and different rows do not, but by a coincidence in both.
 
 import functools
 import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -18,8 +19,13 @@ from fastnorm.signals.tensors import is_plain
 
 ALIKE = 1e-5
 """Projections that differ by less, of the largest, are equal: rounding moves them by 1e-7."""
+WIDE = 2.0**37
+"""More than the keys of a layer span: (4/ALIKE + 1) times twice 1/ALIKE."""
 COLUMNS = 128
-"""Of a long row about the first so many elements serve."""
+"""Of a long row about so many elements serve: those in its middle, since the first inputs of all
+may be the dark border of an image."""
+RUN = 16
+"""Elements of a cache line, in float32."""
 _ALONE = nullcontext()
 
 
@@ -30,15 +36,18 @@ class Weight:
         self.parameter = parameter
         self.rows = None if parameter.is_complex() else _rows_of(module)
         self.attached = False
-        self.gradient_norm: Number | None = None
-        self.ratio: Number | None = None
-        self.projections: tuple[Tensor, ...] | None = None
-        self._kept: Tensor | None = None  # their memory, taken before the model takes its own
+        self.norm: Number = math.nan
+        self.gradient_norm: Number = math.nan
+        self.ratio: Number = math.nan
+        self.projections: tuple[Tensor, Tensor] | None = None
+        """Rows of the weight and of its last gradient, as numbers that are equal where they are."""
+        self.projected: Tensor | None = None  # the gradient
+        self._kept: Tensor | None = None  # its memory, taken before the model takes its own
         if self.rows is not None and not self.lazy:
             wide = torch.promote_types(parameter.dtype, torch.float32)
-            units = parameter.shape[self.rows]
-            with torch.inference_mode(False):
-                self._kept = torch.empty(2, units, dtype=wide, device=parameter.device)
+            with torch.inference_mode(False) if torch.is_inference_mode_enabled() else _ALONE:
+                units = parameter.shape[self.rows]
+                self._kept = torch.empty(units, dtype=wide, device=parameter.device)
         self._before: Tensor | None = None
 
     @property
@@ -59,11 +68,7 @@ class Weight:
             return
         self.gradient_norm = norm(gradient)
         if self.rows is not None and gradient.numel():
-            both = (parameter.detach(), gradient)
-            kept = self._kept if self._kept is not None else (None, None)
-            self.projections = tuple(
-                _project(t, self.rows, place) for t, place in zip(both, kept, strict=True)
-            )
+            self.projected = _project(gradient, self.rows, self._kept)
 
     def before_step(self, sample: int) -> None:
         self._before = self._part(sample).clone() if is_plain(self.parameter) else None
@@ -78,38 +83,56 @@ class Weight:
             self.ratio = change / before
         self._before = None
 
-    def norm(self) -> list[Number]:
-        return [norm(self.parameter.detach())] if is_plain(self.parameter) else []
+    def finish(self) -> None:
+        """Look at the weight as it is at the end: units that an update told apart are not alike."""
+        whole = self.parameter.detach()
+        if is_plain(whole):
+            self.norm = norm(whole)
+            if self.projected is not None and self.rows is not None:
+                self.projections = _project(whole, self.rows, None), self.projected
+
+    @property
+    def parts(self) -> list[Number]:
+        return [self.norm, self.gradient_norm, self.ratio]
+
+    def read(self, value: Callable[[Number], float]) -> dict[str, Any]:
+        return {
+            "weight_norm": value(self.norm),
+            "weight_gradient_norm": value(self.gradient_norm),
+            "update_ratio": value(self.ratio),
+        }
 
     def _part(self, sample: int) -> Tensor:
+        """About `sample` elements in runs that share cache lines, evenly spread over the weight."""
         whole = self.parameter.detach()
-        step = max(1, math.ceil(whole.numel() / sample))
-        return whole[:: min(step, len(whole))] if whole.dim() and len(whole) else whole
+        dense = flat(whole)
+        if dense is None or len(dense) <= sample:
+            return whole
+        runs = max(1, sample // RUN)
+        stride = max(1, (len(dense) - RUN) // max(1, runs - 1))
+        return dense.as_strided((runs, RUN), (stride, 1), dense.storage_offset())
 
 
-def alike(projections: list[tuple[Tensor, Tensor]]) -> list[float]:
+def alike(projections: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     """By layer, the share of units that have a twin, from (weight, gradient) on the CPU."""
-    shares = [0.0] * len(projections)
-    sizes = [len(weight) for weight, _ in projections]
-    for size in set(sizes) - {
-        0
-    }:  # layers of one size at once: each operator costs more than its work
-        mine = [index for index, one in enumerate(sizes) if one == size]
-        weights, gradients = (torch.stack([projections[i][k] for i in mine]) for k in (0, 1))
-        finite = (weights.isfinite() & gradients.isfinite()).all(1)
-        keys = _steps(weights) * (4 / ALIKE) + _steps(gradients)
-        same = keys.sort(1).values.diff() == 0
-        twins = nn.functional.pad(same, (1, 0)) | nn.functional.pad(same, (0, 1))
-        found = twins.double().mean(1).where(finite, 0.0).tolist()
-        for index, share in zip(mine, found, strict=True):
-            shares[index] = share
+    if not projections:
+        return []
+    sizes = torch.tensor([len(weight) for weight, _ in projections])
+    layer = torch.arange(len(projections)).repeat_interleave(sizes)
+    both = torch.stack([torch.cat([pair[k] for pair in projections]).double() for k in (0, 1)])
+    finite = torch.ones(len(projections), dtype=torch.bool)
+    finite[layer[~both.isfinite().all(0)]] = False
+    largest = torch.zeros(2, len(projections), dtype=torch.float64)
+    largest.scatter_reduce_(1, layer.expand(2, -1), both.abs(), "amax")
+    largest.clamp_(min=torch.finfo(torch.float64).tiny)
+    steps = (both / (ALIKE * largest[:, layer])).round().nan_to_num_(0.0, 0.0, 0.0)
+    # all layers in one sort, each in a range of its own: exact in float64 up to 60,000 layers
+    keys = (layer * WIDE + steps[0] * (4 / ALIKE) + steps[1]).sort().values
+    same = keys.diff() == 0
+    twins = nn.functional.pad(same, (1, 0)) | nn.functional.pad(same, (0, 1))
+    count = torch.zeros(len(projections), dtype=torch.float64).index_add_(0, layer, twins.double())
+    shares: list[float] = (count / sizes).where(finite & (sizes > 0), 0.0).tolist()
     return shares
-
-
-def _steps(values: Tensor) -> Tensor:
-    values = values.double()
-    scale = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
-    return (values / (ALIKE * scale)).round()
 
 
 def _rows_of(module: Any) -> int | None:
@@ -124,17 +147,21 @@ def _project(weight: Tensor, axis: int, out: Tensor | None) -> Tensor:
     units = weight.shape[axis]
     whole = flat(weight) if axis == 0 else None
     if whole is not None:  # no copy; the order within a row is any, the same for all rows
-        rows = whole.view(units, -1)[:, :COLUMNS]
+        rows = _middle(whole.view(units, -1), COLUMNS)
     else:
         first = weight.movedim(axis, 0)
-        taps = first[0, 0].numel()
-        rows = first[:, : max(1, COLUMNS // taps)].flatten(1)
+        rows = _middle(first, max(1, COLUMNS // first[0, 0].numel())).flatten(1)
     wide = torch.promote_types(rows.dtype, torch.float32)
     if out is not None and (out.dtype is not wide or out.device != rows.device):
         out = None  # the model has been moved
     vector, device = _vector(rows.shape[1], wide, rows.device), rows.device.type
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _ALONE:
         return torch.mv(rows.to(wide), vector, out=out)  # in 16 bits units would look alike
+
+
+def _middle(rows: Tensor, count: int) -> Tensor:
+    start = max(0, (rows.shape[1] - count) // 2)
+    return rows[:, start : start + count]
 
 
 @functools.cache

@@ -57,10 +57,15 @@ class Activation:
         return f"{self.name}({self.slope:g})" if self.slope else self.name
 
 
+def name_of(kind: type) -> str | None:
+    """The name of the activation that modules of this class are, if they are one."""
+    # the most derived class first: ReLU6 is a Hardtanh
+    return next((MODULES[base] for base in kind.__mro__ if base in MODULES), None)
+
+
 def of_module(module: nn.Module) -> Activation | None:
     """The activation that `module` is, if it is one."""
-    # the most derived class first: ReLU6 is a Hardtanh
-    name = next((MODULES[base] for base in type(module).__mro__ if base in MODULES), None)
+    name = name_of(type(module))
     if name is None:
         return None
     slope = 0.0

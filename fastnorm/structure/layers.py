@@ -17,7 +17,8 @@ NORMS = (
 BATCH_NORMS = (nn.modules.batchnorm._BatchNorm,)
 PER_CHANNEL_NORMS = (nn.modules.batchnorm._NormBase,)  # those that remove a channel's mean
 COMPOSITES = (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
-FUSED = (LinearBatchNorm, _ConvBatchNorm)
+FUSED_CONVOLUTIONS = (_ConvBatchNorm,)
+FUSED = (LinearBatchNorm, *FUSED_CONVOLUTIONS)
 
 VIEWS = (nn.Identity, nn.Flatten, nn.Unflatten, nn.PixelShuffle, nn.PixelUnshuffle)
 DROPOUTS = (nn.modules.dropout._DropoutNd,)
