@@ -4,8 +4,9 @@ Three goals are judged, from one run: calls that torch.nn serves in less than 20
 its time; no other slower than 0.97 of torch.nn's speed, beyond noise; and 1.5 times its speed, in
 the geometric mean, where torch's operator leaves something to gain.
 
-A goal that noise decides is not met by luck: noise is what torch.nn shows against itself, in the
-same rounds of the same case, and at least what it shows in nine of ten cases of the run.
+Best times judge: whoever else uses the machine only adds to the others. Noise is what torch.nn
+shows against itself, in the same rounds of the same case, and at least what it shows in nine of ten
+cases of the run. A case that only noise above LOUD excuses is named too: it is undecided.
 """
 
 import statistics
@@ -22,6 +23,7 @@ NORMS = (
     "InstanceNorm1d", "InstanceNorm2d", "InstanceNorm3d", "LayerNorm", "RMSNorm",
 )  # fmt: skip
 LEAST = 0.97
+LOUD = 0.05
 SHORT, MOST_TIMES = 20e-6, 1.3
 GOAL = 1.5
 MEMORY_SPEED = 0.5
@@ -35,10 +37,9 @@ def norms(result: Result) -> list[Result]:
     return [case for case in result["results"] if case["operation"] in NORMS]
 
 
-def ratios(case: Result) -> tuple[float, float]:
-    """Our speed over torch.nn's: of best times, and the median over rounds."""
-    cost = case["costs"][BASELINE]
-    return cost["speedup"], cost["median_speedup"]
+def ratio(case: Result) -> float:
+    """Our speed over torch.nn's, of best times."""
+    return float(case["costs"][BASELINE]["speedup"])
 
 
 def run_noise(cases: Sequence[Result]) -> float:
@@ -51,14 +52,14 @@ def is_short(case: Result) -> bool:
     return bool(case["costs"][BASELINE]["best_s"] < SHORT)
 
 
-def slower(cases: Sequence[Result]) -> list[Result]:
-    """Those below the goal by more than noise, of best times and of medians."""
+def slower(cases: Sequence[Result], excused: float = 1.0) -> list[Result]:
+    """Those below the goal by more than noise, of which no more than `excused` counts."""
     common = run_noise(cases)
     return [
         case
         for case in cases
-        if max(ratios(case))
-        < (1 / MOST_TIMES if is_short(case) else LEAST) - max(case["noise"], common)
+        if ratio(case)
+        < (1 / MOST_TIMES if is_short(case) else LEAST) - min(max(case["noise"], common), excused)
     ]
 
 
@@ -80,17 +81,17 @@ def share(cases: Sequence[Result], name: str = BASELINE) -> float:
 def verdict(result: Result) -> str:
     """The goals, met or missed, in a list."""
     cases = norms(result)
-    below = slower(cases)
+    below, loud = slower(cases), slower(cases, LOUD)
     short, long = ([c for c in cases if is_short(c) is kind] for kind in (True, False))
     found = operators(cases)
     rest = [group for group in found.values() if share(group) < MEMORY_SPEED]
-    mean = geometric(geometric(max(ratios(case)) for case in group) for group in rest)
+    mean = geometric(geometric(ratio(case) for case in group) for group in rest)
     points = [
-        f"""Slower than {LEAST} of torch.nn's speed, beyond noise: {_those(below, long)}. Noise:
-        {run_noise(cases):.1%} in nine of ten cases.""",
+        f"""Slower than {LEAST} of torch.nn's speed, beyond noise: {_those(below, loud, long)}.
+        Noise: {run_noise(cases):.1%} in nine of ten cases.""",
         f"""Of calls that torch.nn serves in less than {SHORT * 1e6:.0f} µs, at more than
-        {MOST_TIMES} times its time, beyond noise: {_those(below, short)}. All of them:
-        {geometric(1 / max(ratios(case)) for case in short):.2f} times, in the geometric mean.""",
+        {MOST_TIMES} times its time, beyond noise: {_those(below, loud, short)}. All of
+        them: {geometric(1 / ratio(case) for case in short):.2f} times, in the geometric mean.""",
         f"""Where torch's operator runs below {MEMORY_SPEED:.0%} of the speed of a copy,
         {len(rest)} of {len(found)} operators, ours is {mean:.2f} times as fast in the geometric
         mean; the goal is {GOAL}.""",
@@ -98,11 +99,19 @@ def verdict(result: Result) -> str:
     return "\n".join(paragraph(point, "- ") for point in points)
 
 
-def _those(below: Sequence[Result], cases: Sequence[Result]) -> str:
-    """How many of the cases are below the goal, and which."""
+def _those(below: Sequence[Result], loud: Sequence[Result], cases: Sequence[Result]) -> str:
+    """How many of the cases are below the goal, and which; then those that are undecided."""
     found = [case for case in cases if case in below]
-    named = "; ".join(f"{_name(case)} {max(ratios(case)):.2f}" for case in found)
-    return f"{len(found)} of {len(cases)} cases" + (f" ({named})" if found else "")
+    undecided = [case for case in cases if case in loud and case not in below]
+    told = f"{len(found)} of {len(cases)} cases{_named(found)}"
+    if undecided:
+        told += f"; undecided, for noise above {LOUD:.0%}: {len(undecided)}{_named(undecided)}"
+    return told
+
+
+def _named(cases: Sequence[Result]) -> str:
+    named = "; ".join(f"{_name(case)} {ratio(case):.2f}" for case in cases)
+    return f" ({named})" if named else ""
 
 
 def _name(case: Result) -> str:
@@ -143,26 +152,24 @@ def _memory(result: Result) -> str:
 def _operators(cases: Sequence[Result]) -> str:
     rows = []
     for key, group in operators(cases).items():
-        ratio = geometric(max(ratios(case)) for case in group)
+        mean = geometric(ratio(case) for case in group)
         told = "yes" if share(group) >= MEMORY_SPEED else "no"
-        rows.append(
-            [*key, f"{share(group):.0%}", f"{share(group, OURS):.0%}", f"{ratio:.2f}", told]
-        )
+        rows.append([*key, f"{share(group):.0%}", f"{share(group, OURS):.0%}", f"{mean:.2f}", told])
     columns = ["layer", "layout", "dtype", "pass", "torch.nn", "fastnorm", "ratio"]
     return table([*columns, "torch at memory speed"], rows, left=4)
 
 
 def _every(cases: Sequence[Result]) -> str:
-    common, below = run_noise(cases), slower(cases)
+    common, below, loud = run_noise(cases), slower(cases), slower(cases, LOUD)
     rows = []
     for case in cases:
-        best, median = ratios(case)
+        best, median = ratio(case), case["costs"][BASELINE]["median_speedup"]
         rows.append([
             case["operation"], "×".join(map(str, case["shape"])), case["layout"], case["dtype"],
             case["pass"],
             *(f"{case['costs'][name]['best_s'] * 1e6:,.1f}" for name in (BASELINE, OURS)),
             f"{best:.2f} ({median:.2f})", f"{max(case['noise'], common):.1%}",
-            "slower" if case in below else "",
+            "slower" if case in below else "undecided" if case in loud else "",
         ])  # fmt: skip
     columns = ["layer", "shape", "layout", "dtype", "pass", "torch.nn µs", "fastnorm µs"]
     return table([*columns, "ratio", "noise", ""], rows, left=5)
