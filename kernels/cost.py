@@ -43,6 +43,7 @@ class Problem(NamedTuple):
     itemsize: int
     flops: float  # a second, of a library's product
     kernel_flops: float  # a second, of our own
+    sum_flops: float  # a second, of P, which is float64 where a float32 has its digits
     training: bool
     backward: bool
     device: Device
@@ -120,9 +121,10 @@ def problem(
     # A GPU's float32 without tensor cores is what libraries do best; Triton reaches half of that.
     plain = device.fused and dtype.itemsize == 4 and precision != "tf32"
     kernel_flops = flops / 2 if plain else flops
+    sum_flops = device.double if plain else kernel_flops
     joins = device.fused and columns and dtype in (torch.bfloat16, torch.float32)
     return Problem(
-        M, K, N, dtype.itemsize, flops, kernel_flops, training, backward, device, joins
+        M, K, N, dtype.itemsize, flops, kernel_flops, sum_flops, training, backward, device, joins
     )  # fmt: skip
 
 
@@ -194,11 +196,11 @@ def gated(p: Problem, join: bool = False) -> float:
     flops = 2 * M * K * (N + (K if p.training else 0))
     sums = 2 * Y * cdiv(K, 256) + X * cdiv(N, 128)  # dY, Y and X, as often as tiles load them
     if join:
-        time = p.step(2 * M * N * K, 3 * Y + X, p.kernel_flops, sums + Y)
+        time = p.step(2 * M * N * K, 3 * Y + X, p.sum_flops, sums + Y)
         time += p.step(flops, Y + again + X + W)
         return time + (p.step(0, 2 * X) + p.device.launch if p.training else 0.0)
     inputs = (2 * Y + again) * cdiv(K, 128) + W * cdiv(M, 128)
-    time = p.step(2 * M * N * K, 2 * Y + X, p.kernel_flops, sums)
+    time = p.step(2 * M * N * K, 2 * Y + X, p.sum_flops, sums)
     return time + p.step(flops, 2 * Y + again + X, p.kernel_flops, inputs)
 
 

@@ -28,7 +28,7 @@ activation.
 
 16-bit operands are multiplied as they are, and scaled in float32 afterwards: a weight folded to 16
 bits would cost up to 2.4 times torch's own error. Those of 32 and 64 bits are centred as they are
-loaded. α∘W and A are rounded to the operands' dtype in the backward, each in a unit, a power of
+loaded, and where float32 is to keep its digits, P is float64: W may cancel most of it in dγ. α∘W and A are rounded to the operands' dtype in the backward, each in a unit, a power of
 two, that keeps float16 from underflow; x̄ A is of the rounded A, so that the rounding cancels on
 the mean.
 """
@@ -257,7 +257,8 @@ def _gated_sums(
     block_n, block_k = product_block(N, most_n), product_block(K, most_k)
     blocks = cdiv(N, block_n) * (cdiv(K, block_k) if wants_p else 1)
     step = rows * (2 * block_n + block_k) * itemsize
-    dtype = compute_dtype(x.dtype)
+    exact = x.dtype is torch.float32 and options["PRECISION"] == "ieee"
+    dtype = torch.float64 if exact else compute_dtype(x.dtype)
     read = itemsize * B * S * (N * sum(t is not None for t in operands[:2]) + K)
     total = Sum(blocks, dtype.itemsize * N * (K if wants_p else 1), read, itemsize == 2)
     plan = product_plan(view, rows, step, device, total, stages=stages)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 from fastnorm.kernels.device.matmul import (
     aligned,
+    as_float64,
     block_of_program,
     fold_rows,
     gated,
@@ -21,7 +22,8 @@ from fastnorm.kernels.launch import PRODUCT_SIZES
 
 
 # One program owns one tile of P and one share of the rows; tiles are the faster index, so that
-# programs that run together read the same rows. Those of the first columns of P store their G.
+# programs that run together read the same rows. Those of the first columns of P store their G. Where
+# P is float64, so are the operands: float32 has few digits for what W cancels.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_bwd_weight_kernel(
     dy_ptr, y_ptr, x_ptr, shift_ptr,        # (B, N, S), or None, (B, K, S), (K,) or None
@@ -57,7 +59,9 @@ def linear_batch_norm_bwd_weight_kernel(
         dbeta += fold_rows(g.to(ACC), 16, COLUMNS)
         if p_partial_ptr is not None:
             x = less(load_rows(x_ptr, b, s, inside, k, K, S, COLUMNS), shift_ptr, k, K)
-            p = tl.dot(tl.trans(g), x, p, input_precision=PRECISION, out_dtype=ACC)
+            left = as_float64(g) if ACC == tl.float64 else g
+            right = as_float64(x) if ACC == tl.float64 else x
+            p = tl.dot(tl.trans(left), right, p, input_precision=PRECISION, out_dtype=ACC)
             if h_ptr is not None:
                 if block_k == 0:
                     store_joined(h_ptr, g.to(ACC) * unit, b * S + s, stride_h_row, inside, cols, N)
