@@ -28,9 +28,9 @@ activation.
 
 16-bit operands are multiplied as they are, and scaled in float32 afterwards: a weight folded to 16
 bits would cost up to 2.4 times torch's own error. Those of 32 and 64 bits are centred as they are
-loaded, and where float32 is to keep its digits, P is float64: W may cancel most of it in dγ. α∘W and A are rounded to the operands' dtype in the backward, each in a unit, a power of
-two, that keeps float16 from underflow; x̄ A is of the rounded A, so that the rounding cancels on
-the mean.
+loaded, and where float32 is to keep its digits, P is float64: W may cancel most of it in dγ. α∘W
+and A are rounded to the operands' dtype in the backward, each in a unit, a power of two, that keeps
+float16 from underflow; x̄ A is of the rounded A, so that the rounding cancels on the mean.
 """
 
 from collections.abc import Callable

@@ -22,8 +22,7 @@ from fastnorm.kernels.launch import PRODUCT_SIZES
 
 
 # One program owns one tile of P and one share of the rows; tiles are the faster index, so that
-# programs that run together read the same rows. Those of the first columns of P store their G. Where
-# P is float64, so are the operands: float32 has few digits for what W cancels.
+# programs that run together read the same rows. Those of the first columns of P store their G.
 @triton.jit(do_not_specialize=PRODUCT_SIZES)
 def linear_batch_norm_bwd_weight_kernel(
     dy_ptr, y_ptr, x_ptr, shift_ptr,        # (B, N, S), or None, (B, K, S), (K,) or None
@@ -36,6 +35,7 @@ def linear_batch_norm_bwd_weight_kernel(
     ALIGN_N: tl.constexpr, ALIGN_K: tl.constexpr, ALIGN_S: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = dbeta_partial_ptr.dtype.element_ty
+    WIDE: tl.constexpr = dbeta_partial_ptr.dtype.element_ty == tl.float64
     N, K, S = aligned(N, ALIGN_N), aligned(K, ALIGN_K), aligned(S.to(tl.int64), ALIGN_S)
     blocks_k = 1 if p_partial_ptr is None else tl.cdiv(K, BLOCK_K)
     blocks = tl.cdiv(N, BLOCK_N) * blocks_k
@@ -59,9 +59,10 @@ def linear_batch_norm_bwd_weight_kernel(
         dbeta += fold_rows(g.to(ACC), 16, COLUMNS)
         if p_partial_ptr is not None:
             x = less(load_rows(x_ptr, b, s, inside, k, K, S, COLUMNS), shift_ptr, k, K)
-            left = as_float64(g) if ACC == tl.float64 else g
-            right = as_float64(x) if ACC == tl.float64 else x
-            p = tl.dot(tl.trans(left), right, p, input_precision=PRECISION, out_dtype=ACC)
+            left, right = tl.trans(g), x
+            if WIDE:
+                left, right = tl.trans(as_float64(g)), as_float64(x)
+            p = tl.dot(left, right, p, input_precision=PRECISION, out_dtype=ACC)
             if h_ptr is not None:
                 if block_k == 0:
                     store_joined(h_ptr, g.to(ACC) * unit, b * S + s, stride_h_row, inside, cols, N)

@@ -6,11 +6,14 @@ from typing import Any
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from cases import FLOATS, assert_close, compute_dtype, memory_formats
 from torch import Tensor
 
+import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS
+from fastnorm.ops.layout import channel_view
 
 
 @dataclass
@@ -258,6 +261,41 @@ def test_any_strides(backend, name):
     assert_close(y, want["y"], name="y")
     for leaf, gradient in zip(leaves, got, strict=True):
         assert_close(gradient, want[f"d{leaf}"], 100, leaf)
+
+
+NORMS = {
+    "batch": lambda x: FF.batch_norm(x, None, None, training=True, activation="relu"),
+    "group": lambda x: FF.group_norm(x, 1, activation="relu"),
+    "instance": lambda x: FF.instance_norm(x, activation="relu"),
+}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_layout_of_sequences(backend, norm):
+    """(N, L, C) transposed stays so in the kernels, which copy nothing; on a CPU it is torch's."""
+    x = strided_inputs(backend)["(N, L, C) transposed"].requires_grad_()
+    y = NORMS[norm](x)
+    (dx,) = torch.autograd.grad(y, x, torch.randn(y.shape, device=backend))
+    kept = (
+        x.stride() if fastnorm.backend_for(x) == "triton" else F.relu(F.instance_norm(x)).stride()
+    )
+    assert y.stride() == kept
+    if fastnorm.backend_for(x) == "triton":
+        assert dx.stride() == kept
+
+
+def test_channels_innermost_are_seen(backend):
+    """Sizes of 1 have any stride: what is dense both ways is taken for columns."""
+    shapes = ((4, 3), (4, 3, 5), (2, 3, 4, 5), (2, 3, 1, 1), (2, 1, 4, 5), (1, 3, 1, 5))
+    more = ((2, 3, 2, 4, 5), (2, 3, 1, 1, 1), (1, 1, 2, 1, 5), (2, 3, 2, 2, 2, 2))
+    for shape in (*shapes, *more):
+        plain = torch.empty(shape, device=backend)
+        last = torch.empty(shape[0], *shape[2:], shape[1], device=backend).movedim(-1, 1)
+        for x in (plain, last, plain[::2], last[:, :1], plain[:0]):
+            innermost = x.movedim(1, -1).is_contiguous()
+            found, view = channel_view(x)
+            assert (found is x) == (innermost or x.is_contiguous())
+            assert found is not x or view.columns == innermost
 
 
 @pytest.mark.parametrize("layout", ["expanded", "other format", "sliced"])
