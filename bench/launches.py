@@ -31,7 +31,7 @@ DEVICES = {  # as large as an H200, so that targets differ by their architecture
     "sm_90": H200,
     "sm_100": replace(H200, wgmma=False),
     "sm_120": replace(H200, shared=99 << 10, wgmma=False),
-    "gfx942": replace(H200, shared=64 << 10, wgmma=False),
+    "gfx942": replace(H200, shared=64 << 10, wgmma=False, limits=False),
 }
 
 
