@@ -24,7 +24,7 @@ import fastnorm
 import fastnorm.functional as FF
 from fastnorm.bench.harness import GAUGE, compare, device_name, table, write_json
 from fastnorm.kernels import cost
-from fastnorm.kernels.launch import Device
+from fastnorm.kernels.devices import Device
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CPU_ROWS = 16384

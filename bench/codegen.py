@@ -67,7 +67,7 @@ def specialisations(cases: Iterable[Case], target: str) -> list[tuple[Case, Reco
 
 def inspect(case: Case, launched: Recorded, target: str) -> Code:
     compiled = launched.compiled(TARGETS[target])
-    read = _read_cubin if "cubin" in compiled.asm else _read_amd
+    read = read_cubin if "cubin" in compiled.asm else _read_amd
     registers, stack, spills = read(compiled)
     text = compiled.asm["ptx"] if "ptx" in compiled.asm else compiled.asm["amdgcn"]
     pointers = [name for name, value in launched.arguments.items() if hasattr(value, "data_ptr")]
@@ -176,7 +176,7 @@ def _narrow_products(
     return found
 
 
-def _read_cubin(compiled: Any) -> tuple[int, int, int]:
+def read_cubin(compiled: Any) -> tuple[int, int, int]:
     """(registers, stack bytes, spilled bytes) as cuobjdump reports them."""
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -1,7 +1,7 @@
 """Record kernel launches without running them, and compile what was recorded for any target.
 
 Works in a process in which Triton is not interpreting. Tensors are on the meta device, so a launch
-of any size costs nothing; the launchers plan as for the device given to `launch.assume`.
+of any size costs nothing; the launchers plan as for the device given to `devices.assume`.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import JITFunction, MockTensor, create_function_from_signature
 
 from fastnorm import backend
-from fastnorm.kernels import launch
+from fastnorm.kernels import devices
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -25,13 +25,13 @@ TARGETS = {
     "sm_120": GPUTarget("cuda", 120, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-H200 = launch.Device(multiprocessors=132)
+H200 = devices.Device(multiprocessors=132)
 DEVICES = {  # as large as an H200, so that targets differ by their architecture alone
     "sm_80": replace(H200, shared=163 << 10, wgmma=False),
     "sm_90": H200,
     "sm_100": replace(H200, wgmma=False),
     "sm_120": replace(H200, shared=99 << 10, wgmma=False),
-    "gfx942": replace(H200, shared=64 << 10, wgmma=False),
+    "gfx942": replace(H200, shared=64 << 10, wgmma=False, limits=False),
 }
 
 
@@ -74,7 +74,7 @@ class Recorded:
 
 
 @contextlib.contextmanager
-def recording(device: launch.Device = H200) -> Iterator[list[Recorded]]:
+def recording(device: devices.Device = H200) -> Iterator[list[Recorded]]:
     """Within the block launches are listed instead of run, and meta tensors take the kernels."""
     launches: list[Recorded] = []
 
@@ -88,7 +88,7 @@ def recording(device: launch.Device = H200) -> Iterator[list[Recorded]]:
         _replaced(JITFunction, "run", record),
         _replaced(backend, "_require_triton", lambda tensor: None),
         backend.use_backend("triton"),
-        launch.assume(device),
+        devices.assume(device),
     ):
         yield launches
 

@@ -40,6 +40,7 @@ from fastnorm.kernels.batch_norm_fwd import (
     batch_norm_fwd_moments_kernel,
 )
 from fastnorm.kernels.device.activations import ACTIVATIONS, SIGN_GATES
+from fastnorm.kernels.devices import device_of
 from fastnorm.kernels.launch import (
     MERGE_CHANNELS,
     MERGE_PARTIALS,
@@ -48,7 +49,6 @@ from fastnorm.kernels.launch import (
     ChannelView,
     cdiv,
     channel_plan,
-    device_of,
 )
 from fastnorm.kernels.sums import sum_partials
 
@@ -69,8 +69,8 @@ def launch_of(x: Tensor, view: ChannelView) -> Launch:
     sizes = (*view[:3], plan.programs, plan.tiles, plan.tiles_per_program)
     tile = {
         "BLOCK_N": plan.block_n, "BLOCK_S": plan.block_s, "BLOCK_C": plan.block_c,
-        "FOLD": plan.fold, "ALIGN": plan.align, "COLUMNS": view.columns,
-        "num_warps": plan.num_warps,
+        "FOLD": plan.fold, "RUN": plan.run, "ALIGN": plan.align, "COLUMNS": view.columns,
+        **plan.options,
     }  # fmt: skip
     merge = {"BLOCK_C": MERGE_CHANNELS, "BLOCK_P": MERGE_PARTIALS, "num_warps": MERGE_WARPS}
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32

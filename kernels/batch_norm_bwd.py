@@ -25,7 +25,7 @@ def batch_norm_bwd_kernel(
     N, C, S, tiles,
     ACT_GRAD: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
@@ -37,7 +37,7 @@ def batch_norm_bwd_kernel(
         dy_ptr, x_ptr, y_ptr, residual_ptr,
         None if TRAINING else dx_ptr, None if TRAINING else dz_ptr,
         0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
-        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
+        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS,
     )  # fmt: skip
     store_cast(dw_ptr, c, dw, cmask)
     store_cast(db_ptr, c, db, cmask)
@@ -59,7 +59,7 @@ def batch_norm_bwd_reduce_kernel(
     dx_ptr, dz_ptr, partial_ptr,            # (N, C, S) in evaluation, (N, C, S), (2, P, C)
     N, C, S, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
@@ -69,7 +69,7 @@ def batch_norm_bwd_reduce_kernel(
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
         first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
-        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
+        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS,
     )  # fmt: skip
     if partial_ptr is not None:
         tl.store(partial_ptr + p.to(tl.int64) * C + c, dw, mask=cmask)
@@ -83,7 +83,7 @@ def batch_norm_bwd_apply_kernel(
     stats_ptr, sums_ptr, count_ptr, dx_ptr,  # (3, C), (2, C), () or None: N·S; (N, C, S)
     N, C, S, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)

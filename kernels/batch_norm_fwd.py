@@ -114,14 +114,14 @@ def batch_norm_fwd_kernel(
     momentum: tl.float64, eps: tl.float64,
     N, C, S, tiles,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     pid = tl.program_id(0)
     c, cmask = channels_of(pid, C, BLOCK_C)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+        x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
     )
     rstd = finalize(
         mean, rest, std, count, eps, c, cmask, C,
@@ -141,13 +141,13 @@ def batch_norm_fwd_moments_kernel(
     x_ptr, partial_ptr, count_ptr, batches_ptr,  # (N, C, S), (3, P, C): mean, rest, std; (P,), ()
     N, C, S, P, tiles, tiles_per_program,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+        x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
     )
     at = p.to(tl.int64) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
@@ -189,7 +189,7 @@ def batch_norm_fwd_apply_kernel(
     eps: tl.float64,
     N, C, S, P, tiles, tiles_per_program,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)

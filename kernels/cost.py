@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from fastnorm.kernels.launch import Device, cdiv
+from fastnorm.kernels.devices import Device
+from fastnorm.kernels.launch import cdiv
 
 # Activations whose derivative is a function of their output: what gram can do.
 FROM_OUTPUT = frozenset({"identity", "relu", "relu6", "leaky_relu", "elu", "tanh", "sigmoid"})

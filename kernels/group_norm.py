@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastnorm.kernels.batch_norm import saved_for_gate
 from fastnorm.kernels.device.activations import ACTIVATIONS
+from fastnorm.kernels.devices import device_of
 from fastnorm.kernels.group_norm_bwd import (
     group_norm_bwd_apply_kernel,
     group_norm_bwd_finalize_kernel,
@@ -49,7 +50,6 @@ from fastnorm.kernels.launch import (
     ChannelView,
     GroupPlan,
     cdiv,
-    device_of,
     group_plan,
 )
 from fastnorm.kernels.sums import sum_partials
@@ -74,7 +74,8 @@ def _launch(x: Tensor, view: ChannelView, num_groups: int) -> _Launch:
     plan = group_plan(N, C, S, columns, K, x.element_size(), device_of(x.device))
     tile = {
         "BLOCK_S": plan.block_s, "BLOCK_C": plan.block_c,
-        "FOLD": plan.fold, "ALIGN": plan.align, "COLUMNS": columns, "num_warps": plan.num_warps,
+        "FOLD": plan.fold, "RUN": plan.run, "ALIGN": plan.align, "COLUMNS": columns,
+        "num_warps": plan.num_warps,
     }  # fmt: skip
     if plan.whole:
         tile |= {"BLOCK_N": plan.block_n, "BLOCK_K": plan.block_k, "PADDED": plan.block_k != K}

@@ -34,7 +34,7 @@ def group_norm_bwd_kernel(
     N, C, S, G, K, P, tiles, blocks_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     LANES: tl.constexpr = BLOCK_N * BLOCK_C
@@ -57,7 +57,7 @@ def group_norm_bwd_kernel(
         dw_n, db_n = gradient_sums_of_tiles(
             dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr if dx_ptr is None else None,
             0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
-            ACT_GRAD, 1, BLOCK_S, LANES, FOLD, COLUMNS,
+            ACT_GRAD, 1, BLOCK_S, LANES, FOLD, RUN, COLUMNS,
         )  # fmt: skip
         dw += dw_n
         db += db_n
@@ -82,7 +82,7 @@ def group_norm_bwd_reduce_kernel(
     dz_ptr, partial_ptr,                    # (N, C, S), (2, P, N·C)
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     p, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
@@ -94,7 +94,7 @@ def group_norm_bwd_reduce_kernel(
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr,
         first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
-        ACT_GRAD, 1, BLOCK_S, BLOCK_C, FOLD, COLUMNS,
+        ACT_GRAD, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS,
     )  # fmt: skip
     if partial_ptr is not None:
         at = (p * N + n) * C + c
@@ -135,7 +135,7 @@ def group_norm_bwd_apply_kernel(
     stats_ptr, means_ptr, dx_ptr,           # (3, N·G), (2, N·G), (N, C, S)
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     _, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)

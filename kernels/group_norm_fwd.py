@@ -51,7 +51,7 @@ def group_norm_fwd_kernel(
     N, C, S, G, K, tiles,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
@@ -63,7 +63,7 @@ def group_norm_fwd_kernel(
     mask = cmask & (n < N)
     at = positions_of_lanes(n, c, C, S, COLUMNS)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, COLUMNS
+        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, RUN, COLUMNS
     )
     mean, rest, std = moments_of_groups(mean, rest, std, K, BLOCK_K)
     speaks = mask & (tl.arange(0, BLOCK_N * BLOCK_C) % BLOCK_K == 0)
@@ -82,14 +82,14 @@ def group_norm_fwd_moments_kernel(
     x_ptr, partial_ptr,                     # (N, C, S), (3, P, N·C): mean, rest, std
     N, C, S, P, tiles, tiles_per_program,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     p, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     c, cmask = channels_of(block, C, BLOCK_C)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C, FOLD, COLUMNS
+        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
     )
     at = (p * N + n) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
@@ -139,7 +139,7 @@ def group_norm_fwd_apply_kernel(
     y_ptr, stats_ptr,                       # (N, C, S), (3, N·G): mean, rest, rstd
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     _, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)

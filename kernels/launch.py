@@ -4,20 +4,15 @@ No kernel measures or tunes itself: the same sizes always give the same launch, 
 same bits on every run, and the generated code of every launch can be inspected without a device.
 """
 
-import contextlib
-import contextvars
-import functools
-from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
-
-from fastnorm.kernels.rates import H200, rates
+from fastnorm.kernels.devices import Device
 
 TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a thread
 WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
 PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
+COLUMN_PROGRAMS = 3  # the same, where a thread's registers hold the statistics of 8 channels
 
 
 # Kernel arguments that change from batch to batch: Triton must not compile again where one of them
@@ -38,76 +33,26 @@ PRODUCT_SIZES = ("B", "N", "K", "S", "P", "F", "tiles", "tiles_per_program")
 ON_A_FLAG = ("read_flags_ptr", "todo_ptr")
 
 
-@dataclass(frozen=True)
-class Device:
-    """What the policy asks of a device."""
-
-    multiprocessors: int
-    shared: int = 227 << 10  # bytes that one program may have
-    wgmma: bool = True  # Hopper's products of shared memory, whose tiles may be larger
-    # What cost.py asks: rates.py has the first six. And the seconds of a launch.
-    half: float = H200.half
-    tf32: float = H200.tf32
-    single: float = H200.single
-    double: float = H200.double
-    memory: float = H200.memory
-    cache: float = H200.cache
-    launch: float = 2.5e-6
-    fused: bool = True  # it runs our kernels
-
-
-INTERPRETER = Device(multiprocessors=4)  # small: the interpreter runs one program after another
-_assumed: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)
-
-
-@contextlib.contextmanager
-def assume(device: Device) -> Iterator[None]:
-    """Plan launches as for `device`, wherever the tensors are."""
-    token = _assumed.set(device)
-    try:
-        yield
-    finally:
-        _assumed.reset(token)
-
-
-def device_of(device: torch.device) -> Device:
-    return _assumed.get() or _queried(device)
-
-
-@functools.cache
-def _queried(device: torch.device) -> Device:
-    if device.type != "cuda":
-        return INTERPRETER
-    return described(torch.cuda.get_device_properties(device), torch.version.hip is not None)
-
-
-def described(found: Any, hip: bool) -> Device:
-    """What torch's properties of a GPU say of it."""
-    count = found.multi_processor_count
-    shared = getattr(found, "shared_memory_per_block_optin", 0) or 64 << 10
-    clock = 1e3 * getattr(found, "clock_rate", 0)  # given in kHz
-    if hip:
-        architecture, bandwidth = found.gcnArchName.partition(":")[0], 0.0
-    else:  # two transfers a clock; in bits
-        architecture = f"sm_{found.major}{found.minor}"
-        bandwidth = 250.0 * getattr(found, "memory_clock_rate", 0)
-        bandwidth *= getattr(found, "memory_bus_width", 0)
-    reached = rates(architecture, count, clock, bandwidth)
-    return Device(count, shared, architecture == "sm_90", **reached._asdict())
-
-
 def power_of_two(n: int) -> int:
     """The smallest power of two ≥ n."""
     return 1 << max(n - 1, 0).bit_length()
 
 
-def divisor_class(n: int) -> int:
-    """The largest power of two ≤ 8 that divides n > 0: a 16-byte vector of the smallest dtype."""
-    return min(n & -n, 8)
+def divisor_class(n: int, itemsize: int = 2) -> int:
+    """The largest power of two that divides n > 0, up to what makes a 16-byte vector."""
+    return min(n & -n, 8, 16 // itemsize)
 
 
 def cdiv(a: int, b: int) -> int:
     return -(-a // b)
+
+
+def resident(num_warps: int, together: int, itemsize: int, device: Device) -> dict[str, int]:
+    """Options of a kernel of which a multiprocessor is to have so many warps at a time."""
+    options = {"num_warps": num_warps}
+    if device.limits and itemsize <= 4:
+        options["maxnreg"] = min(65536 // (32 * together) // 8 * 8, 255)
+    return options
 
 
 class ChannelView(NamedTuple):
@@ -126,9 +71,10 @@ class ChannelPlan:
     block_n: int
     block_s: int
     block_c: int
-    fold: int  # lanes that one thread sums in its registers
+    fold: int  # lanes that one thread sums in its registers, in
+    run: int  # runs of so many neighbours
     align: int  # elements: S (rows) or C (columns) is a multiple of it
-    num_warps: int
+    options: dict[str, int]  # of the compiler
     tiles: int  # of one index set
     programs: int  # that share one index set
     tiles_per_program: int
@@ -150,13 +96,45 @@ MERGE_CHANNELS = 8
 MERGE_WARPS = 8
 
 
+def _fold(lanes: int, channels: int, align: int, num_warps: int, columns: bool) -> tuple[int, int]:
+    """(fold, run) of a (lanes, channels) tile: which lanes are in one thread's registers.
+
+    Vectors of `align` go to threads one after the other, along what is innermost in memory first.
+    At least four lanes, be they those of neighbours: each sum that is left wants registers too.
+    """
+    threads, run = 32 * num_warps, min(align, lanes)
+    if columns:
+        threads, run = max(threads // max(channels // align, 1), 1), 1
+    return max(lanes // threads, run, min(lanes, 4)), run
+
+
+def _split(tiles: int, others: int, columns: bool, device: Device) -> int:
+    """Tiles of each program, where so many others have as many tiles.
+
+    All programs are resident at once; or in some rounds, where one would leave processors idle.
+    """
+    most = COLUMN_PROGRAMS if columns else PROGRAMS_PER_MULTIPROCESSOR
+    room = most * device.multiprocessors
+    programs = 1
+    for rounds in (1, 2, 3) if others < room else ():
+        programs = max(rounds * room // others, 1)
+        if programs * others >= 0.9 * rounds * room:
+            break
+    return cdiv(tiles, min(programs, tiles))
+
+
 def channel_plan(
     N: int, C: int, S: int, columns: bool, itemsize: int, device: Device
 ) -> ChannelPlan:
     """The plan for a dense (N, C, S) tensor with channels innermost (`columns`) or not."""
+    align = divisor_class(C if columns else S, itemsize)
     elements = TILE_BYTES // itemsize
+    if align == 1:  # addresses, one an element, want registers too
+        elements //= 2
     sector = max(32 // itemsize, 1)  # the fewest channels whose loads waste nothing
     whole = N * S * (sector if columns else 1) * itemsize <= WHOLE_BYTES
+    if whole and columns:  # and so do statistics and parameters of many channels
+        elements //= 2
     block_c = 1
     if columns:
         block_c = min(power_of_two(C), sector if whole else 2 * sector)
@@ -171,21 +149,21 @@ def channel_plan(
             block_c *= 2
     tiles = cdiv(N, block_n) * cdiv(S, block_s)
     channel_blocks = cdiv(C, block_c)
-    wanted = (
-        1 if whole else cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, channel_blocks)
-    )
-    tiles_per_program = cdiv(tiles, min(wanted, tiles))
+    tiles_per_program = tiles if whole else _split(tiles, channel_blocks, columns, device)
     lanes = block_n * block_s
-    num_warps = min(max(lanes * block_c * itemsize // (TILE_BYTES // 4), 1), 4)
+    num_warps = min(max(4 * lanes * block_c // elements, 1), 4)
+    options = {"num_warps": num_warps}
+    if columns and not whole:  # left alone, the compiler spills to get by with fewer
+        options = resident(num_warps, COLUMN_PROGRAMS * num_warps, itemsize, device)
     return ChannelPlan(
         block_n, block_s, block_c,
-        fold=min(lanes, 4 if columns or itemsize > 2 else 8),
-        align=divisor_class(C if columns else S),
-        num_warps=num_warps,
-        tiles=tiles,
-        programs=cdiv(tiles, tiles_per_program),
-        tiles_per_program=tiles_per_program,
-        channel_blocks=channel_blocks,
+        *_fold(lanes, block_c, align, num_warps, columns),
+        align,
+        options,
+        tiles,
+        cdiv(tiles, tiles_per_program),
+        tiles_per_program,
+        channel_blocks,
     )  # fmt: skip
 
 
@@ -195,6 +173,7 @@ WIDEST_ROW_BACKWARD = 8192  # x̂, wdz, dw and db at once
 LOOP_TILE = 4096  # of a longer row
 COLUMN_TILE = (4, 512)  # rows and columns of the backward's tiles of longer rows
 ROW_PARTIALS = 1024  # the most programs that share a row: a constant tile merges their statistics
+ROW_WARPS = 16  # of a multiprocessor's backward programs: 128 registers a thread
 THREAD_ELEMENTS = 16  # that a thread holds; half where each takes an address of its own
 
 
@@ -221,9 +200,9 @@ def _shares(tiles: int, wanted: int) -> tuple[int, int, int]:
     return tiles, cdiv(tiles, tiles_per_program), tiles_per_program
 
 
-def _row_warps(elements: int, align: int) -> int:
-    """Warps for a tile of so many 4-byte elements."""
-    each = THREAD_ELEMENTS if align >= 4 else THREAD_ELEMENTS // 2
+def _row_warps(elements: int, many: bool) -> int:
+    """Warps for a tile of so many 4-byte elements; `many`: each wants more registers."""
+    each = THREAD_ELEMENTS // 2 if many else THREAD_ELEMENTS
     return min(max(elements // (32 * each), 1), 16)
 
 
@@ -233,14 +212,14 @@ def row_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> RowPl
     if N * wide <= WIDEST_ROW:
         block_n = power_of_two(N)
         block_m = max(TILE_BYTES // itemsize // block_n, 1)
-        warps = _row_warps(block_m * block_n * wide, align)
+        warps = _row_warps(block_m * block_n * wide, align < 4)
         return RowPlan(block_m, block_n, warps, 1, 1, 1)
     elements = LOOP_TILE if align >= 4 else LOOP_TILE // 2
     block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
     if cdiv(device.multiprocessors, 2) <= M:
         wanted = 1  # a second launch, and x from memory again, cost more than some idle processors
-    warps = _row_warps(elements, align)
+    warps = _row_warps(elements, align < 4)
     return RowPlan(1, block_n, warps, *_shares(cdiv(N, block_n), wanted))
 
 
@@ -252,20 +231,26 @@ def row_sums_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> 
     elements = LOOP_TILE // 2
     block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
-    warps = _row_warps(elements, align)
+    warps = _row_warps(elements, align < 4)
     return RowPlan(1, block_n, warps, *_shares(cdiv(N, block_n), wanted))
 
 
-def row_gradient_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> RowPlan:
-    """Backward: tiles of rows, shared by the programs that own all or some of their columns."""
+def row_gradient_plan(
+    M: int, N: int, itemsize: int, align: int, gated: bool, device: Device
+) -> RowPlan:
+    """Backward: tiles of rows, shared by the programs that own all or some of their columns.
+
+    `gated`: act′ needs z, and so b, a further number of each column.
+    """
     wide = max(itemsize // 4, 1)
     if N * wide <= WIDEST_ROW_BACKWARD:
         block_n = power_of_two(N)
         block_m = max(TILE_BYTES // 4 // block_n // wide, 1)
     else:
         block_m, block_n = COLUMN_TILE[0], COLUMN_TILE[1] // wide
-    warps = _row_warps(block_m * block_n * wide, align)
-    wanted = cdiv(max(16 // warps, 1) * device.multiprocessors, cdiv(N, block_n))
+    warps = _row_warps(block_m * block_n * wide, align < 4 or gated or itemsize > 2)
+    room = max(ROW_WARPS // warps, 1) * device.multiprocessors
+    wanted = room // cdiv(N, block_n)
     return RowPlan(block_m, block_n, warps, *_shares(cdiv(M, block_m), wanted))
 
 
@@ -282,7 +267,8 @@ class GroupPlan:
     block_c: int  # channels of a sample
     block_k: int  # lanes that a group's channels take; 1 where not whole
     block_s: int  # positions
-    fold: int  # lanes that one thread sums in its registers
+    fold: int  # lanes that one thread sums in its registers, in
+    run: int  # runs of so many neighbours
     align: int  # elements: contiguous runs are a multiple of it
     num_warps: int
     tiles: int  # of the positions of a sample
@@ -313,7 +299,7 @@ def group_plan(
     width = power_of_two(cdiv(min(sector, C), K)) if columns else 1
     whole = width * K * S * itemsize <= WHOLE_BYTES and width * block_k <= GROUP_LANES
     innermost = (K if whole and block_k != K else C) if columns else S
-    align = divisor_class(innermost)
+    align = divisor_class(innermost, itemsize)
     block_n = 1
     if align == 1:  # addresses, one an element, want registers too
         elements //= 2
@@ -333,16 +319,16 @@ def group_plan(
         block_c = min(power_of_two(C), elements // block_s, GROUP_LANES)
         channel_blocks = cdiv(C, block_c)
         shared, others = cdiv(S, block_s), N * channel_blocks
-    programs_wanted = PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors
-    share = cdiv(shared, min(shared, cdiv(programs_wanted, others)))
+    share = _split(shared, others, columns and not whole, device)
     lanes = block_n * block_c
+    num_warps = min(max(4 * lanes * block_s // elements, lanes // 256, 1), 4)
     return GroupPlan(
         whole, block_n, block_c, block_k, block_s,
-        fold=min(block_s, 4 if columns or itemsize > 2 or align < 8 else 8),
-        align=align,
-        num_warps=min(max(4 * lanes * block_s // elements, lanes // 256, 1), 4),
-        tiles=cdiv(S, block_s),
-        channel_blocks=channel_blocks,
-        programs=cdiv(shared, share),
-        share=share,
+        *_fold(block_s, lanes, align, num_warps, columns),
+        align,
+        num_warps,
+        cdiv(S, block_s),
+        channel_blocks,
+        cdiv(shared, share),
+        share,
     )  # fmt: skip

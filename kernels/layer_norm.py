@@ -25,12 +25,13 @@ import torch
 from torch import Tensor
 
 from fastnorm.kernels.device.activations import ACTIVATIONS
+from fastnorm.kernels.devices import Device, device_of
 from fastnorm.kernels.launch import (
     ROW_PARTIALS,
-    Device,
+    ROW_WARPS,
     cdiv,
-    device_of,
     divisor_class,
+    resident,
     row_gradient_plan,
     row_plan,
     row_sums_plan,
@@ -134,7 +135,7 @@ def backward(
     device = device_of(x.device)
     _, gate = ACTIVATIONS[activation]
     align = _align(N, dy, x, dsum)
-    plan = row_gradient_plan(M, N, x.element_size(), align, device)
+    plan = row_gradient_plan(M, N, x.element_size(), align, bias is not None, device)
     options = {"ACT_GRAD": gate, "CENTER": stats.shape[0] == 3, "ALIGN": align}
     operands = (dy, x, weight, bias, stats)
     sums = _row_sums(*operands, device, align, options) if wants_dx else None
@@ -148,7 +149,8 @@ def backward(
         *operands, sums, dsum, dx, dw_partial, db_partial,
         M, N, plan.programs, _stride(dy), _stride(x), _stride(dsum),
         plan.tiles, plan.tiles_per_program,
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, num_warps=plan.num_warps, **options,
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **options,
+        **resident(plan.num_warps, ROW_WARPS, x.element_size(), device),
     )  # fmt: skip
     sum_partials(dw_partial, db_partial, None, dw, db)
     return dx, dw, db

@@ -7,13 +7,14 @@ from fastnorm.kernels.device.rows import (
     columns_of,
     input_gradient,
     load_row_stats,
+    load_scale,
     load_xhat_dz_wdz,
     rows_of,
     store_column_sums,
     wide_rows,
     wide_stride,
 )
-from fastnorm.kernels.device.tiles import load_as, store_cast
+from fastnorm.kernels.device.tiles import STAGES, load_as, store_cast
 from fastnorm.kernels.launch import ROW_SIZES
 
 
@@ -36,11 +37,14 @@ def layer_norm_bwd_reduce_kernel(
     c1 = tl.zeros((1, BLOCK_N), ACC)
     c2 = tl.zeros((1, BLOCK_N), ACC)
     first = p * tiles_per_program
-    for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
+    last = tl.minimum(first + tiles_per_program, tiles)
+    # what is loaded ahead goes past the first-level cache, where other programs leave w
+    for tile in tl.range(first, last, num_stages=STAGES if w_ptr is None else 1):
         col, inside = columns_of(tile, N, BLOCK_N)
+        w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
         xhat, _, wdz = load_xhat_dz_wdz(
             dy_ptr, col[None, :], x_ptr, col[None, :],
-            w_ptr, b_ptr, col, inside, inside[None, :], mean, rest, rstd, ACT_GRAD, CENTER,
+            w, b, inside[None, :], mean, rest, rstd, ACT_GRAD, CENTER,
         )  # fmt: skip
         c1 += wdz * xhat
         c2 += wdz
@@ -68,14 +72,16 @@ def layer_norm_bwd_kernel(
     first = p * tiles_per_program
     dw = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     db = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    for tile in range(first, tl.minimum(first + tiles_per_program, tiles)):
+    w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
+    last = tl.minimum(first + tiles_per_program, tiles)
+    for tile in tl.range(first, last, num_stages=STAGES):
         row, rmask = rows_of(tile, M, BLOCK_M)
         mask = rmask[:, None] & inside[None, :]
         mean, rest, rstd = load_row_stats(stats_ptr, row, rmask, M, CENTER)
         xhat, dz, wdz = load_xhat_dz_wdz(
             dy_ptr, (row * wide_stride(stride_dy_row, ALIGN))[:, None] + col[None, :],
             x_ptr, (row * wide_stride(stride_x_row, ALIGN))[:, None] + col[None, :],
-            w_ptr, b_ptr, col, inside, mask, mean, rest, rstd, ACT_GRAD, CENTER,
+            w, b, mask, mean, rest, rstd, ACT_GRAD, CENTER,
         )  # fmt: skip
         if dx_ptr is not None:
             if sums_ptr is None:

@@ -6,12 +6,12 @@ import triton.language as tl
 from fastnorm.kernels.device.moments import finite_or_zero, merge_partials, rstd_of, two_sum
 from fastnorm.kernels.device.rows import (
     columns_of,
+    load_scale,
     load_sum,
     moments_of_row,
     normalized,
     row_moments,
     rows_of,
-    scaled,
     store_row_stats,
     wide_rows,
     wide_stride,
@@ -46,7 +46,8 @@ def layer_norm_fwd_kernel(
     mean, rest, std = row_moments(x, mask, N.to(ACC), CENTER)
     rstd = rstd_of(std, tl.full((), eps, ACC))
     store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
-    z = scaled(normalized(x, mean, rest, rstd, CENTER), w_ptr, b_ptr, col, inside, ACC)
+    w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
+    z = normalized(x, mean, rest, rstd, CENTER) * w[None, :] + b[None, :]
     store_cast(y_ptr, at, ACT(z), mask)
 
 
@@ -61,7 +62,8 @@ def normalize_row(
         col, inside = columns_of(first + last - 1 - i, N, BLOCK_N)
         at, mask = col[None, :], inside[None, :]
         x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
-        z = scaled(normalized(x, mean, rest, rstd, CENTER), w_ptr, b_ptr, col, inside, ACC)
+        w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
+        z = normalized(x, mean, rest, rstd, CENTER) * w[None, :] + b[None, :]
         store_cast(y_ptr, at, ACT(z), mask)
 
 

@@ -40,13 +40,8 @@ import torch
 from torch import Tensor
 
 from fastnorm.kernels.device.activations import ACTIVATIONS, OUTPUT_GRADS
-from fastnorm.kernels.launch import (
-    ChannelView,
-    cdiv,
-    device_of,
-    divisor_class,
-    power_of_two,
-)
+from fastnorm.kernels.devices import device_of
+from fastnorm.kernels.launch import ChannelView, cdiv, divisor_class, power_of_two
 from fastnorm.kernels.linear_batch_norm_bwd import (
     linear_batch_norm_bwd_input_kernel,
     linear_batch_norm_bwd_weight_kernel,

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastnorm.kernels.launch import ChannelView, cdiv, device_of, divisor_class, power_of_two
+from fastnorm.kernels.devices import device_of
+from fastnorm.kernels.launch import ChannelView, cdiv, divisor_class, power_of_two
 from fastnorm.kernels.linear_batch_norm_gram import (
     linear_batch_norm_fwd_gram_kernel,
     linear_batch_norm_fwd_gram_reduce_kernel,

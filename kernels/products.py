@@ -6,14 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastnorm.kernels.launch import (
-    ChannelView,
-    Device,
-    cdiv,
-    device_of,
-    divisor_class,
-    power_of_two,
-)
+from fastnorm.kernels.devices import Device, device_of
+from fastnorm.kernels.launch import ChannelView, cdiv, divisor_class, power_of_two
 
 
 @dataclass(frozen=True)

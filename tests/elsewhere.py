@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastnorm
-from fastnorm.kernels.launch import assume
+from fastnorm.kernels.devices import assume
 
 
 class AsOnAGpu(TorchDispatchMode):

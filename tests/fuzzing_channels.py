@@ -34,13 +34,13 @@ def constants(way: str, *eager: tuple[object, Mapping[str, object]]) -> Iterator
             for owner, values in eager:
                 put(owner, values)
         if way != "shipped" and fastnorm.backend_for(torch.ones(1)) == "triton":
-            from fastnorm.kernels import batch_norm, group_norm, launch
+            from fastnorm.kernels import batch_norm, devices, group_norm, launch
 
             put(launch, {"TILE_BYTES": 512, "WHOLE_BYTES": 1024, "GROUP_LANES": 32})
             put(batch_norm, {"MERGE_PARTIALS": 4})
             put(group_norm, {"GROUP_MERGE_PARTIALS": 4, "MERGE_PARTIALS": 4})
             programs = 64 if way == "small, many programs" else 2
-            stack.enter_context(launch.assume(launch.Device(programs)))
+            stack.enter_context(devices.assume(devices.Device(programs)))
         yield
 
 

@@ -26,10 +26,10 @@ def taking(way: str, kernels: bool) -> Iterator[None]:
     """Make small rows take the ways of long ones."""
     with contextlib.ExitStack() as stack:
         if kernels and WAYS[way] is not None:
-            launch = importlib.import_module("fastnorm.kernels.launch")
+            devices = importlib.import_module("fastnorm.kernels.devices")
             for module, constants in SMALL.items():
                 owner = importlib.import_module(f"fastnorm.kernels.{module}")
                 for name, value in constants.items():
                     stack.enter_context(mock.patch.object(owner, name, value))
-            stack.enter_context(launch.assume(launch.Device(WAYS[way])))
+            stack.enter_context(devices.assume(devices.Device(WAYS[way])))
         yield

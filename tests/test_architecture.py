@@ -33,7 +33,7 @@ LAYERS = [  # top to bottom; a file may import only from its own layer and those
     "fastnorm.distributed",
     "fastnorm.kernels",
     "fastnorm.kernels.launch",
-    "fastnorm.kernels.rates",
+    "fastnorm.kernels.devices",
     "fastnorm.kernels.device",
 ]
 FILES = sorted([*ROOT.glob("fastnorm/**/*.py"), *ROOT.glob("kernels/**/*.py")])

@@ -19,7 +19,7 @@ from twins import close, randomize
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager import native
-from fastnorm.kernels.launch import Device, assume
+from fastnorm.kernels.devices import Device, assume
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,22 @@ def test_large_tensors_move_in_16_bytes(codes):
 
 
 @targets
+def test_loops_over_tiles_load_ahead(codes):
+    """Asynchronously, where vectors are wide enough, whatever else the loop computes."""
+    loops = tuple(
+        f"{family}_norm_{kernel}"
+        for family in ("batch", "group")
+        for kernel in ("fwd_moments", "fwd_apply", "bwd_reduce", "bwd_apply")
+    )
+    loops += ("layer_norm_bwd_kernel",)
+    found = [c for c in codes if c["target"].startswith("sm") and c["kernel"].startswith(loops)]
+    wide = [c for c in found if 16 in c["widths"].get("dy_ptr", c["widths"].get("x_ptr", []))]
+    for code in wide:
+        assert "cp.async" in code["features"], code
+    assert wide or not found
+
+
+@targets
 def test_no_atomics(codes):
     for code in codes:
         assert "atom" not in code["features"], code
@@ -115,6 +131,32 @@ print(access_widths(ptx, ["x_ptr", "y_ptr"]))
         capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert done.stdout.strip() == "{'x_ptr': [16], 'y_ptr': [2]}"
+
+
+def test_flight_waits_for_what_was_loaded():
+    """The model of bench/flight.py: a loop that loads what it needs next waits for less."""
+    script = """
+import sys; sys.path.insert(0, {bench!r})
+from flight import LATENCY, PACE, walk
+
+def period(*loop):
+    code = [(16 * i, *line) for i, line in enumerate((*loop, ("@BRA", "0x0"), ("EXIT", "")))]
+    few, many = (walk(code, 128, (trips, 1), float("inf")).cycles for trips in (20, 40))
+    return (many - few) / 20
+
+load, use = ("LDG.E.128", "R4, desc[UR4][R2.64]"), ("FADD", "R8, R8, R4")
+work = [("FADD", "R9, R9, R9")] * 100
+copy = [("LDGSTS.E.BYPASS.128", "[R1], desc[UR4][R2.64]"), ("LDGDEPBAR", "")]
+late = period(load, use, *work)
+ahead = period(use, load, *work)
+three_ahead = period(("DEPBAR.LE", "SB0, 0x2"), *copy, *work)
+assert late > LATENCY + 100 * PACE and LATENCY < ahead < LATENCY + 10 * PACE, (late, ahead)
+assert LATENCY / 3 < three_ahead < LATENCY / 3 + 10 * PACE, three_ahead
+"""
+    subprocess.run(
+        [sys.executable, "-c", script.format(bench=str(BENCH))],
+        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, check=True,
+    )  # fmt: skip
 
 
 def test_sizes_do_not_recompile():

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm import use_backend
-from fastnorm.kernels.launch import Device, assume
+from fastnorm.kernels.devices import Device, assume
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"

@@ -10,7 +10,7 @@ import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
 from fastnorm.kernels import cost
-from fastnorm.kernels.launch import Device, described
+from fastnorm.kernels.devices import Device, described
 
 H200 = Device(multiprocessors=132)
 BF16, F32, F64 = torch.bfloat16, torch.float32, torch.float64

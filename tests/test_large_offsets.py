@@ -17,7 +17,7 @@ from cases import assert_close
 from probes import committed, draw, reserved
 
 import fastnorm.functional as FF
-from fastnorm.kernels import batch_norm, launch, layer_norm
+from fastnorm.kernels import batch_norm, devices, launch, layer_norm
 from fastnorm.kernels.launch import ChannelView
 
 checked = contextlib.nullcontext
@@ -65,8 +65,8 @@ def test_beyond_2_to_the_31_elements(first_channels_only, name):
 
     x, x_part = reserved()
     dy, dy_part = reserved()
-    with launch.assume(launch.Device(multiprocessors)), checked(modules=()):
-        plan = launch.channel_plan(*view, 2, launch.device_of(x.device))
+    with devices.assume(devices.Device(multiprocessors)), checked(modules=()):
+        plan = launch.channel_plan(*view, 2, devices.device_of(x.device))
         assert plan.whole == ("one program" in name)
         y, stats = batch_norm.forward(
             x, None, None, None, None, None, None, True, 0.1, 1e-5, "relu", view
@@ -121,8 +121,8 @@ def test_rows_beyond_2_to_the_31_elements(monkeypatch, way, center):
     x, residual, dy = (reserved(M * N, torch.bfloat16).view(M, N) for _ in range(3))
     weight = reserved(N, torch.bfloat16)
     before = committed()
-    with launch.assume(launch.Device(multiprocessors)), checked(modules=()):
-        plan = launch.row_plan(M, N, 2, 8, launch.device_of(x.device))
+    with devices.assume(devices.Device(multiprocessors)), checked(modules=()):
+        plan = launch.row_plan(M, N, 2, 8, devices.device_of(x.device))
         assert (plan.whole, plan.programs > 1) == (way == "registers", way == "split")
         share = plan.tiles_per_program * plan.block_n
         first = 0 if way == "registers" else (plan.programs - 1) * share

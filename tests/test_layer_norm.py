@@ -12,7 +12,7 @@ from torch import Tensor
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.kernels import launch
+from fastnorm.kernels import devices, launch
 
 KINDS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 
@@ -209,7 +209,7 @@ def test_every_way_of_sharing_rows(backend, way, kind, dtype, activation):
 
 def test_the_ways_are_taken(monkeypatch):
     """Or the test above would say nothing of them; the policy itself decides on these."""
-    device = launch.Device(multiprocessors=132)
+    device = devices.Device(multiprocessors=132)
     assert launch.row_plan(4096, 4096, 2, 8, device).whole
     looped = launch.row_plan(4096, 32768, 2, 8, device)
     assert (looped.whole, looped.programs) == (False, 1)
@@ -219,10 +219,10 @@ def test_the_ways_are_taken(monkeypatch):
     assert launch.row_sums_plan(1, 1_000_003, 4, 1, device).programs > 100
     for kind in ("WIDEST_ROW", "WIDEST_ROW_BACKWARD", "LOOP_TILE"):
         monkeypatch.setattr(launch, kind, 64)
-    assert not launch.row_plan(11, 65, 4, 1, launch.INTERPRETER).whole
-    assert launch.row_plan(11, 200, 4, 8, launch.INTERPRETER).programs == 1
-    assert launch.row_plan(1, 200, 4, 8, launch.INTERPRETER).programs > 1
-    assert launch.row_sums_plan(1, 200, 4, 8, launch.INTERPRETER).programs > 1
+    assert not launch.row_plan(11, 65, 4, 1, devices.INTERPRETER).whole
+    assert launch.row_plan(11, 200, 4, 8, devices.INTERPRETER).programs == 1
+    assert launch.row_plan(1, 200, 4, 8, devices.INTERPRETER).programs > 1
+    assert launch.row_sums_plan(1, 200, 4, 8, devices.INTERPRETER).programs > 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

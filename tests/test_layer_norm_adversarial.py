@@ -11,7 +11,7 @@ from test_batch_norm_adversarial import error
 from torch import Tensor
 
 import fastnorm.functional as FF
-from fastnorm.kernels import launch
+from fastnorm.kernels import devices, launch
 
 KINDS = ("layer_norm", "rms_norm")
 SHAPE = (6, 160)
@@ -25,7 +25,7 @@ def way(request, monkeypatch) -> str:
             monkeypatch.setattr(launch, name, value)
         monkeypatch.setattr(launch, "COLUMN_TILE", (4, 64))
     if request.param == "split":
-        monkeypatch.setattr(launch, "INTERPRETER", launch.Device(multiprocessors=16))
+        monkeypatch.setattr(devices, "INTERPRETER", devices.Device(multiprocessors=16))
     return request.param
 
 

@@ -199,7 +199,7 @@ def test_bytes(training):
 
 def test_what_stays_with_the_fused_kernel(device):
     """float16 cannot hold A without a unit, float64's digits are more, and NCHW is no matrix."""
-    H200 = fastnorm.kernels.launch.Device(132)
+    H200 = fastnorm.kernels.devices.Device(132)
     for dtype in (torch.float16, torch.float64):
         with form(joined=True) as asked:
             gram(40, 20, 24, device, dtype).check()

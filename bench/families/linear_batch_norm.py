@@ -12,7 +12,7 @@ from torch import Tensor
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
 from fastnorm.kernels import cost
-from fastnorm.kernels.launch import Device, assume, device_of
+from fastnorm.kernels.devices import Device, assume, device_of
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,8 @@ from fastnorm.eager.sync_batch_norm import count_batch
 from fastnorm.kernels import cost
 from fastnorm.kernels import linear_batch_norm as kernels
 from fastnorm.kernels import linear_batch_norm_epilogue as epilogue
-from fastnorm.kernels.launch import ChannelView, device_of
+from fastnorm.kernels.devices import device_of
+from fastnorm.kernels.launch import ChannelView
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.channels import changed, left_to_eager

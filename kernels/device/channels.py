@@ -15,6 +15,7 @@ from fastnorm.kernels.device.moments import (
     two_sum,
 )
 from fastnorm.kernels.device.tiles import (
+    STAGES,
     count_of_groups,
     count_of_tile,
     fold,
@@ -72,7 +73,7 @@ def load_stats(stats_ptr, c, cmask, C):
 def moments_of_tiles(
     x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """(count, mean, rest, std) of each channel over the tiles first … last-1; count is (1,).
 
@@ -94,13 +95,13 @@ def moments_of_tiles(
     count = tl.zeros((LANES, 1), ACC)
     mean = tl.zeros((LANES, BLOCK_C), ACC)
     m2 = tl.zeros((LANES, BLOCK_C), ACC)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         x = load_as(x_ptr, tile_offsets(n, s, c, C, S, COLUMNS), mask, ACC)
-        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, COLUMNS)
+        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, RUN)
         d = x * unit - pivot[None, :]
-        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, COLUMNS)
+        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, RUN)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
 
     count, mean, std = merge_lanes(count, mean, m2)
@@ -116,7 +117,7 @@ def normalize_tiles(
     """y of the tiles, last tile first: what was read before is still in the cache."""
     ACC: tl.constexpr = mean.dtype
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    for i in range(first, last):
+    for i in tl.range(first, last, num_stages=STAGES):
         n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)
@@ -151,7 +152,7 @@ def gradient_sums_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
     first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """(Σ dz·x̂, Σ dz) of each channel over the tiles; stores dz, and dx of fixed statistics."""
     ACC: tl.constexpr = mean.dtype
@@ -159,7 +160,7 @@ def gradient_sums_of_tiles(
     dw = tl.zeros((LANES, BLOCK_C), ACC)
     db = tl.zeros((LANES, BLOCK_C), ACC)
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)
@@ -168,8 +169,8 @@ def gradient_sums_of_tiles(
         )
         store_cast(dx_ptr, at, dz * (rstd * w)[None, :], mask)
         store_cast(dz_ptr, at, dz, mask)
-        dw += fold(dz * xhat, FOLD, COLUMNS)
-        db += fold(dz, FOLD, COLUMNS)
+        dw += fold(dz * xhat, FOLD, RUN)
+        db += fold(dz, FOLD, RUN)
     return tl.sum(dw, axis=0), tl.sum(db, axis=0)
 
 
@@ -185,7 +186,7 @@ def input_gradient_of_tiles(
     the statistics were taken of. inner is None where that is one channel, and w can wait.
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    for i in range(first, last):
+    for i in tl.range(first, last, num_stages=STAGES):
         n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)

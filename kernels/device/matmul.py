@@ -95,7 +95,8 @@ def less(x, shift_ptr, k, K):
 @triton.jit
 def fold_rows(t, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum a tile to ROWS rows in the registers of each thread; no shuffle in the loop."""
-    return fold(t, t.shape[0] // ROWS, COLUMNS)
+    FOLD: tl.constexpr = t.shape[0] // ROWS
+    return fold(t, FOLD, 1 if COLUMNS else FOLD)
 
 
 @triton.jit

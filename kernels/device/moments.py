@@ -78,11 +78,11 @@ def pivot_of(first, x, inside, share):
 
 
 @triton.jit
-def fold_moments(d, inside, count, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
+def fold_moments(d, inside, count, FOLD: tl.constexpr, RUN: tl.constexpr):
     """(mean, m2) of each group of FOLD lanes that one thread owns, in two passes."""
-    mean = fold(tl.where(inside, d, 0.0), FOLD, COLUMNS) / tl.maximum(count, 1.0)
-    d = tl.where(inside, d - unfold(mean, FOLD, COLUMNS), 0.0)
-    return mean, fold(d * d, FOLD, COLUMNS)
+    mean = fold(tl.where(inside, d, 0.0), FOLD, RUN) * (1.0 / tl.maximum(count, 1.0))
+    d = tl.where(inside, d - unfold(mean, FOLD, RUN), 0.0)
+    return mean, fold(d * d, FOLD, RUN)
 
 
 @triton.jit

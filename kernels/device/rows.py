@@ -14,7 +14,7 @@ from fastnorm.kernels.device.moments import (
     scale_of,
     sqrt,
 )
-from fastnorm.kernels.device.tiles import load_as, store_cast
+from fastnorm.kernels.device.tiles import load_as, load_or, store_cast
 
 
 @triton.jit
@@ -132,18 +132,14 @@ def normalized(x, mean, rest, rstd, CENTER: tl.constexpr):
 
 
 @triton.jit
-def scaled(xhat, w_ptr, b_ptr, col, inside, ACC: tl.constexpr):
-    """x̂ · w + b; an absent parameter changes nothing."""
-    if w_ptr is not None:
-        xhat *= load_as(w_ptr, col, inside, ACC)[None, :]
-    if b_ptr is not None:
-        xhat += load_as(b_ptr, col, inside, ACC)[None, :]
-    return xhat
+def load_scale(w_ptr, b_ptr, col, inside, ACC: tl.constexpr):
+    """(w, b) of some columns; 1 and −0, which change nothing, where they are absent."""
+    return load_or(w_ptr, col, inside, 1.0, ACC), load_or(b_ptr, col, inside, -0.0, ACC)
 
 
 @triton.jit
 def load_xhat_dz_wdz(
-    dy_ptr, dy_at, x_ptr, x_at, w_ptr, b_ptr, col, inside, mask, mean, rest, rstd,
+    dy_ptr, dy_at, x_ptr, x_at, w, b, mask, mean, rest, rstd,
     ACT_GRAD: tl.constexpr, CENTER: tl.constexpr,
 ):  # fmt: skip
     """x̂, dz = dy · act′(z) and dz · w of a tile, 0 outside."""
@@ -151,8 +147,8 @@ def load_xhat_dz_wdz(
     dy = load_as(dy_ptr, dy_at, mask, ACC)
     xhat = normalized(load_as(x_ptr, x_at, mask, ACC), mean, rest, rstd, CENTER)
     xhat = tl.where(mask, xhat, 0.0)
-    dz = tl.where(mask, ACT_GRAD(dy, scaled(xhat, w_ptr, b_ptr, col, inside, ACC)), 0.0)
-    return xhat, dz, scaled(dz, w_ptr, None, col, inside, ACC)
+    dz = tl.where(mask, ACT_GRAD(dy, xhat * w[None, :] + b[None, :]), 0.0)
+    return xhat, dz, dz * w[None, :]
 
 
 @triton.jit

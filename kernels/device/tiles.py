@@ -8,40 +8,61 @@ of lanes, times BLOCK_C channels. Either s is innermost in memory (rows: NCHW an
 import triton
 import triton.language as tl
 
+# Loops over tiles load two tiles ahead, asynchronously, into shared memory: what a multiprocessor
+# has under way then depends neither on its registers nor on what it computes in between.
+STAGES = tl.constexpr(3)
+
+
+@triton.jit
+def start_of_tile(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
+    """(n, s, samples, positions): where tile number `tile` starts, and how many it has of each.
+
+    The latter are int32, as lanes are: two 64-bit comparisons an element cost more than arithmetic.
+    """
+    n, s = tile, 0
+    if BLOCK_N == 1:
+        # in 32 bits, without a sign: a 64-bit division is a function call on a GPU
+        across = tl.cdiv(S, BLOCK_S).to(tl.uint32)
+        tile = tl.cast(tile, tl.uint32)
+        n, s = tile // across, tile % across
+    n, s = tl.cast(n, tl.int64) * BLOCK_N, tl.cast(s, tl.int64) * BLOCK_S
+    samples, positions = tl.minimum(N - n, BLOCK_N), tl.minimum(S - s, BLOCK_S)
+    return n, s, samples.to(tl.int32), positions.to(tl.int32)
+
 
 @triton.jit
 def lanes_of_tile(tile, N, S, lane, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(n, s, inside) of some lanes of tile number `tile`, as int64."""
-    # tiles are counted in int32: a 64-bit division is a function call on a GPU
-    across = tl.cdiv(S, BLOCK_S).to(tl.int32)
-    n = (tile // across).to(tl.int64) * BLOCK_N + lane // BLOCK_S
-    s = (tile % across).to(tl.int64) * BLOCK_S + lane % BLOCK_S
-    if BLOCK_N == 1:
-        return n, s, s < S
-    return n, s, (n < N) & (s < S)
+    """(n, s, inside) of some lanes of tile number `tile`; n and s as int64."""
+    n, s, samples, positions = start_of_tile(tile, N, S, BLOCK_N, BLOCK_S)
+    inside = lane % BLOCK_S < positions
+    if BLOCK_N > 1:
+        inside &= lane // BLOCK_S < samples
+    return n + lane // BLOCK_S, s + lane % BLOCK_S, inside
 
 
 @triton.jit
 def count_of_tile(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     """How many lanes of a tile are inside."""
-    n, s, _ = lanes_of_tile(tile, N, S, 0, BLOCK_N, BLOCK_S)
-    return tl.minimum(N - n, BLOCK_N) * tl.minimum(S - s, BLOCK_S)
+    _, _, samples, positions = start_of_tile(tile, N, S, BLOCK_N, BLOCK_S)
+    return samples * positions
 
 
 @triton.jit
 def count_of_groups(
     tile, N, S, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    FOLD: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
-    """How many lanes of each group that `fold` sums are inside: (lanes / FOLD, 1)."""
+    """How many lanes of each group that `fold` sums are inside: (lanes / FOLD, 1).
+
+    A run is inside or outside as a whole: RUN divides S, or is 1.
+    """
     GROUPS: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
-    group = tl.arange(0, GROUPS)
-    count = tl.zeros((GROUPS,), ACC)
-    for k in tl.static_range(FOLD):
-        lane = k * GROUPS + group if COLUMNS else group * FOLD + k
-        _, _, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
-        count += inside.to(ACC)
-    return count[:, None]
+    run = tl.arange(0, GROUPS)
+    runs = tl.zeros((GROUPS,), tl.int32)
+    for k in tl.static_range(FOLD // RUN):
+        _, _, inside = lanes_of_tile(tile, N, S, (k * GROUPS + run) * RUN, BLOCK_N, BLOCK_S)
+        runs += inside.to(tl.int32)
+    return (runs * RUN).to(ACC)[:, None]
 
 
 @triton.jit
@@ -53,25 +74,21 @@ def tile_offsets(n, s, c, C, S, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def fold(t, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
+def fold(t, FOLD: tl.constexpr, RUN: tl.constexpr):
     """Sum a (lanes, channels) tile to (lanes / FOLD, channels), within each thread's registers.
 
-    A thread owns neighbouring lanes where those are innermost, else lanes a stride apart.
+    A thread owns runs of RUN neighbouring lanes, lanes / FOLD runs from one to the next.
     """
-    if COLUMNS:
-        return tl.sum(tl.reshape(t, (FOLD, t.shape[0] // FOLD, t.shape[1])), axis=0)
-    return tl.sum(tl.reshape(t, (t.shape[0] // FOLD, FOLD, t.shape[1])), axis=1)
+    t = tl.reshape(t, (FOLD // RUN, t.shape[0] // FOLD, RUN, t.shape[1]))
+    return tl.sum(tl.sum(t, axis=2), axis=0)
 
 
 @triton.jit
-def unfold(t, FOLD: tl.constexpr, COLUMNS: tl.constexpr):
+def unfold(t, FOLD: tl.constexpr, RUN: tl.constexpr):
     """Repeat (lanes / FOLD, channels) to the lanes that `fold` would sum."""
     L: tl.constexpr = t.shape[0]
     C: tl.constexpr = t.shape[1]
-    if COLUMNS:
-        wide = tl.broadcast_to(t[None, :, :], (FOLD, L, C))
-    else:
-        wide = tl.broadcast_to(t[:, None, :], (L, FOLD, C))
+    wide = tl.broadcast_to(t[None, :, None, :], (FOLD // RUN, L, RUN, C))
     return tl.reshape(wide, (L * FOLD, C))
 
 
