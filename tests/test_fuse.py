@@ -1,9 +1,11 @@
 """fuse: the same results, buffers and state from fewer operations; where not sure, as written."""
 
 import copy
+import gc
 import pickle
 import random
 import threading
+import time
 import warnings
 
 import pytest
@@ -494,6 +496,25 @@ def test_untraceable_forwards_are_left_alone(make, reason):
     want = _seeded(theirs, x)
     near(got, want)
     assert got.requires_grad == want.requires_grad
+
+
+def test_who_listens_to_collections_is_not_heard():
+    """Hypothesis takes the time of each; that is no call of the forward's."""
+
+    def listen(phase, information):
+        time.perf_counter()
+
+    gc.callbacks.append(listen)
+    before = gc.get_threshold()
+    gc.set_threshold(1)
+    try:
+        model = fastnorm.convert(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU()))
+        assert "perf_counter" not in fastnorm.summary(fastnorm.convert(Untraceable("")))
+        assert gc.isenabled()
+    finally:
+        gc.set_threshold(*before)
+        gc.callbacks.remove(listen)
+    assert "fused" in fastnorm.summary(model)
 
 
 def test_calls_by_keyword_and_with_objects():

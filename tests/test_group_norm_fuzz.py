@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm.eager import batch_norm_cpu, group_norm_cpu, native
+from fastnorm.eager import batch_norm_cpu, direct, group_norm_cpu, native
 from fastnorm.eager.activations import ACTIVATIONS
 
 pytestmark = pytest.mark.unchecked  # each example is, on its own
@@ -103,12 +103,11 @@ def cases(draw: st.DrawFn) -> Case:
 
 def taking(way: str) -> contextlib.AbstractContextManager[None]:
     """Make small tensors take the ways of large ones."""
-    eager, instance = (  # their package has functions so named
-        importlib.import_module(f"fastnorm.eager.{name}_norm") for name in ("group", "instance")
-    )
+    # its package has a function so named
+    instance = importlib.import_module("fastnorm.eager.instance_norm")
     return constants(
         way,
-        (eager, {"SHORT": 0}),
+        (direct, {"SHORT": 0}),
         (group_norm_cpu, {"SMALL": 0, "LARGE": 0, "FEW": 4, "ROWS": 64, "SHORT_PLANE": 2}),
         (batch_norm_cpu, {"SMALL": 0, "SHORT_PLANE": 2}),
         (instance, {"SMALL": 0}),

@@ -127,10 +127,9 @@ def _gradients(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     K = C // G
     if not _is_slow(input, K):
         found = aten.native_group_norm_backward.default(
-            g, input, mean, rstd, weight, N, C, S, G, [True, True, True]
-        )
-        wanted = zip(found, (for_input, for_weight, for_bias), strict=True)
-        return *(t if asked else None for t, asked in wanted), dr
+            g, input, mean, rstd, weight, N, C, S, G, [True, for_weight, for_bias]
+        )  # (without dx torch's operator crashes)
+        return *(found if for_input else (None, *found[1:])), dr
 
     mean_c, rstd_c = (_on_channels(t, C) for t in (mean, rstd))
     parts = list(zip(_parts(g), _parts(input), strict=True))

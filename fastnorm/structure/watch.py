@@ -1,5 +1,6 @@
 """What a forward reads, sets and calls while it is traced: noted, or a reason to give up."""
 
+import gc
 import sys
 import sysconfig
 import threading
@@ -79,6 +80,8 @@ class Watch:
                 raise UntraceableError(f"it {what}")
             set_attribute(self, name, value)
 
+        collects = gc.isenabled()
+        gc.disable()  # who listens to a collection would be heard as if the forward called
         nn.Module.__getattribute__ = reading  # type: ignore[method-assign, assignment]
         nn.Module.__setattr__ = setting  # type: ignore[method-assign]
         sys.setprofile(self.called)
@@ -87,6 +90,8 @@ class Watch:
                 yield
         finally:
             sys.setprofile(profile)
+            if collects:
+                gc.enable()
             nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
             del nn.Module.__getattribute__
 
