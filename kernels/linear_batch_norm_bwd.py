@@ -59,10 +59,9 @@ def linear_batch_norm_bwd_weight_kernel(
         dbeta += fold_rows(g.to(ACC), 16, COLUMNS)
         if p_partial_ptr is not None:
             x = less(load_rows(x_ptr, b, s, inside, k, K, S, COLUMNS), shift_ptr, k, K)
-            left, right = tl.trans(g), x
-            if WIDE:
-                left, right = tl.trans(as_float64(g)), as_float64(x)
-            p = tl.dot(left, right, p, input_precision=PRECISION, out_dtype=ACC)
+            left = as_float64(g) if WIDE else g
+            right = as_float64(x) if WIDE else x
+            p = tl.dot(tl.trans(left), right, p, input_precision=PRECISION, out_dtype=ACC)
             if h_ptr is not None:
                 if block_k == 0:
                     store_joined(h_ptr, g.to(ACC) * unit, b * S + s, stride_h_row, inside, cols, N)
