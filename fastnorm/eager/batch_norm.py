@@ -18,7 +18,7 @@ from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import batch_norm_cpu, formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.eager.batch_norm_cpu import BatchNormFunction, Statistics, has_planes, normalize
+from fastnorm.eager.batch_norm_cpu import BatchNormFunction, Statistics, is_slow, normalize
 from fastnorm.eager.native import STEPS
 
 # Activations that give the same, and the same gradient, before and after z is rounded to 16 bits.
@@ -66,10 +66,8 @@ def batch_norm(
     # a graph is not asked for its sizes: it would be compiled again for others
     plain = not cpu or torch.compiler.is_compiling() or input.numel() < batch_norm_cpu.SMALL
     if not plain:
-        dense = input.is_contiguous() or input.is_contiguous(
-            memory_format=native.memory_format(input)
-        )
-        own = native.is_huge(input) or (training and has_planes(input, eps))
+        dense = native.is_dense(input)
+        own = is_slow(input, training, eps)
         nothing_to_gain = dense and not own and residual is None and activation == "identity"
         plain = nothing_to_gain or native.observed(input)
     if plain or (residual is not None and residual.dtype is not input.dtype):
@@ -82,7 +80,7 @@ def batch_norm(
     statistics = (running_mean, running_var, training, momentum, eps)
     if not dense:  # a copy costs less than torch's loops over strides
         input = input.contiguous(memory_format=suggest_memory_format(input))
-        own = native.is_huge(input) or (training and has_planes(input, eps))
+        own = is_slow(input, training, eps)
     inner = activation if activation in STEPS else "identity"
     if not own:
         z = native.finish(

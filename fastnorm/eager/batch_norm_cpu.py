@@ -47,6 +47,11 @@ def has_planes(input: Tensor, eps: float) -> bool:
     )
 
 
+def is_slow(input: Tensor, training: bool, eps: float) -> bool:
+    """Whether `normalize` is faster than torch, or more precise."""
+    return native.is_huge(input) or (training and has_planes(input, eps))
+
+
 def _sums_are_ours(input: Tensor, eps: float) -> bool:
     """Whether torch's moments are slow, or its sums long, and ours are not."""
     if input.dtype in native.WIDER or eps <= 1e-30:

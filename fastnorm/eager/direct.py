@@ -17,6 +17,8 @@ from torch import Tensor
 from fastnorm.eager import batch_norm_cpu, native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.batch_norm import ROUNDED, rounds_between
+from fastnorm.eager.group_norm import channels_are_last
+from fastnorm.eager.group_norm_cpu import GroupNormFunction
 from fastnorm.eager.native import STEPS
 from fastnorm.eager.rms_norm import SMALL
 
@@ -46,7 +48,14 @@ def batch_norm(
             training or not (input.is_contiguous() or native.needs_no_gradient(input, weight, bias))
         ):
             return None
-    if size >= batch_norm_cpu.SMALL or type(momentum) is not float or eps <= 0.0:
+    if type(momentum) is not float or eps <= 0.0:
+        return None
+    if size >= batch_norm_cpu.SMALL and (
+        activation != "identity"
+        or (given is not torch.float32 and given is not torch.float64)
+        or not native.is_dense(input)
+        or batch_norm_cpu.is_slow(input, training, eps)
+    ):
         return None
     for t in (running_mean, running_var, weight, bias):
         # torch's operator reads strided ones as if they were dense, and moves buffers before it
@@ -89,8 +98,10 @@ def group_norm(
         or size < 2 * num_groups  # one value a group
         or (size >= SHORT and (activation in STEPS or native.is_huge(input)))
         or (bias is not None and (weight is None or bias.dtype is not given))
-        or not (input.is_contiguous() or native.needs_no_gradient(weight, bias))
     ):
+        return None
+    own = not (input.is_contiguous() or native.needs_no_gradient(weight, bias))
+    if own and (native.observed(input) or not channels_are_last(input)):
         return None
     if dtype in native.WIDER:
         if activation != "identity" and rounds_between(input, None, activation):
@@ -105,7 +116,12 @@ def group_norm(
             return None
     elif given is not dtype:
         return None
-    z = torch.group_norm(input, num_groups, weight, bias, eps, False)
+    if own:
+        z = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
+            input, weight, bias, None, "identity", num_groups, eps
+        )
+    else:
+        z = torch.group_norm(input, num_groups, weight, bias, eps, False)
     return z if activation == "identity" else ACTIVATIONS[activation](z)
 
 

@@ -51,6 +51,11 @@ def memory_format(input: Tensor) -> torch.memory_format:
     return torch.channels_last if input.dim() == 4 else torch.channels_last_3d
 
 
+def is_dense(input: Tensor) -> bool:
+    """Whether torch's CPU kernels walk its memory in order."""
+    return input.is_contiguous() or input.is_contiguous(memory_format=memory_format(input))
+
+
 def per_channel(values: Tensor, input: Tensor) -> Tensor:
     """(C,) as (C, 1, ...), to broadcast over an input (N, C, ...)."""
     return values.view(-1, *[1] * (input.dim() - 2))
