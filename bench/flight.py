@@ -98,6 +98,8 @@ def walk(
     code: list[tuple[int, str, str]], threads: int, trips: tuple[int, int], distinct: float
 ) -> Walk:
     """Walk a program that has `distinct` bytes to load; trips of its inner and outer loops."""
+    # where tiles are loaded ahead, what is not is the parameters of all programs
+    small = "LDG" if any("LDGSTS" in op for _, op, _ in code) else None
     index = {address: i for i, (address, _, _) in enumerate(code)}
     jumps = {address: _target(rest) for address, op, rest in code if op.endswith("BRA")}
     loops = {address: target for address, target in jumps.items() if target < address}
@@ -116,7 +118,9 @@ def walk(
         if name in ("LDG", "LDGSTS", "LDS", "SHFL", "MUFU"):
             width = _width(op)
             later = ON_CHIP
-            if name.startswith("LDG"):
+            if name == small:
+                later = FROM_CACHE
+            elif name.startswith("LDG"):
                 later = LATENCY if loaded < distinct else FROM_CACHE
                 loaded += width * threads
             if name == "LDGSTS":

@@ -173,25 +173,27 @@ WIDEST_ROW_BACKWARD = 8192  # x̂, wdz, dw and db at once
 LOOP_TILE = 4096  # of a longer row
 COLUMN_TILE = (4, 512)  # rows and columns of the backward's tiles of longer rows
 ROW_PARTIALS = 1024  # the most programs that share a row: a constant tile merges their statistics
-ROW_WARPS = 16  # of a multiprocessor's backward programs: 128 registers a thread
 THREAD_ELEMENTS = 16  # that a thread holds; half where each takes an address of its own
+ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
+# A forward of whole rows: (its columns up to, elements a thread, warps of a multiprocessor).
+# A thread of many elements spends less on sums across threads. Up to KEPT_ROW columns a program
+# keeps their parameters, too.
+ROW_FORWARD = ((512, 16, 24), (4096, 32, 12), (WIDEST_ROW, 32, 16))
+KEPT_ROW = 4096
 
 
 @dataclass(frozen=True)
 class RowPlan:
     """How programs share M rows of N elements (see device/rows.py)."""
 
+    whole: bool  # a tile holds whole rows
     block_m: int
     block_n: int
-    num_warps: int
+    stages: int  # of a loop over tiles: one, and those that are loaded ahead
+    options: dict[str, int]  # of the compiler
     tiles: int  # that a program's share is counted in: of one row, or of rows
     programs: int  # that share those tiles
     tiles_per_program: int
-
-    @property
-    def whole(self) -> bool:
-        """One tile holds whole rows."""
-        return self.tiles == 1
 
 
 def _shares(tiles: int, wanted: int) -> tuple[int, int, int]:
@@ -200,30 +202,54 @@ def _shares(tiles: int, wanted: int) -> tuple[int, int, int]:
     return tiles, cdiv(tiles, tiles_per_program), tiles_per_program
 
 
-def _row_warps(elements: int, many: bool) -> int:
-    """Warps for a tile of so many 4-byte elements; `many`: each wants more registers."""
-    each = THREAD_ELEMENTS // 2 if many else THREAD_ELEMENTS
+def _warps(elements: int, each: int) -> int:
+    """Warps of threads that hold so many elements."""
     return min(max(elements // (32 * each), 1), 16)
 
 
-def row_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> RowPlan:
-    """Forward: whole rows in registers, or a row's tiles shared by programs."""
+def _row_warps(elements: int, many: bool) -> int:
+    """Warps for a tile of so many 4-byte elements; `many`: each wants more registers."""
+    return _warps(elements, THREAD_ELEMENTS // 2 if many else THREAD_ELEMENTS)
+
+
+def _stages(tile_bytes: int, scratch: int, programs: int, device: Device) -> int:
+    """With two tiles loaded ahead, or as many as shared memory has room for."""
+    room = device.shared // programs - scratch
+    return min(max(room // tile_bytes, 0), 2) + 1
+
+
+def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Device) -> RowPlan:
+    """Forward: whole rows in registers, or a row's tiles shared by programs.
+
+    `loaded`: bytes that are loaded for each element, of the input and a residual.
+    """
     wide = max(itemsize // 4, 1)  # float64 takes twice the registers
     if N * wide <= WIDEST_ROW:
         block_n = power_of_two(N)
-        block_m = max(TILE_BYTES // itemsize // block_n, 1)
-        warps = _row_warps(block_m * block_n * wide, align < 4)
-        return RowPlan(block_m, block_n, warps, 1, 1, 1)
+        _, each, resident_warps = next(f for f in ROW_FORWARD if block_n * wide <= f[0])
+        if align < 4:
+            each //= 2
+        block_m = max(32 * each // (block_n * wide), 1)
+        num_warps = _warps(block_m * block_n * wide, each)
+        together = max(resident_warps // num_warps, 1)
+        return RowPlan(
+            True, block_m, block_n,
+            _stages(block_m * block_n * loaded, 4 * block_n + 1024, together, device),
+            resident(num_warps, together * num_warps, itemsize, device),
+            *_shares(cdiv(M, block_m), together * device.multiprocessors),
+        )  # fmt: skip
     elements = LOOP_TILE if align >= 4 else LOOP_TILE // 2
     block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
     if cdiv(device.multiprocessors, 2) <= M:
         wanted = 1  # a second launch, and x from memory again, cost more than some idle processors
-    warps = _row_warps(elements, align < 4)
-    return RowPlan(1, block_n, warps, *_shares(cdiv(N, block_n), wanted))
+    options = {"num_warps": _row_warps(elements, align < 4)}
+    return RowPlan(False, 1, block_n, 1, options, *_shares(cdiv(N, block_n), wanted))
 
 
-def row_sums_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> RowPlan | None:
+def row_sums_plan(
+    M: int, N: int, itemsize: int, align: int, loaded: int, device: Device
+) -> RowPlan | None:
     """Backward, rows too wide for registers: their sums first; None where they are not."""
     wide = max(itemsize // 4, 1)
     if N * wide <= WIDEST_ROW_BACKWARD:
@@ -231,27 +257,34 @@ def row_sums_plan(M: int, N: int, itemsize: int, align: int, device: Device) -> 
     elements = LOOP_TILE // 2
     block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
-    warps = _row_warps(elements, align < 4)
-    return RowPlan(1, block_n, warps, *_shares(cdiv(N, block_n), wanted))
+    options = {"num_warps": _row_warps(elements, align < 4)}
+    stages = _stages(block_n * loaded, 0, PROGRAMS_PER_MULTIPROCESSOR, device)
+    return RowPlan(False, 1, block_n, stages, options, *_shares(cdiv(N, block_n), wanted))
 
 
 def row_gradient_plan(
-    M: int, N: int, itemsize: int, align: int, gated: bool, device: Device
+    M: int, N: int, itemsize: int, align: int, loaded: int, gated: bool, device: Device
 ) -> RowPlan:
     """Backward: tiles of rows, shared by the programs that own all or some of their columns.
 
-    `gated`: act′ needs z, and so b, a further number of each column.
+    `loaded`: bytes that are loaded for each element; `gated`: act′ needs z, and so b, a further
+    number of each column.
     """
     wide = max(itemsize // 4, 1)
-    if N * wide <= WIDEST_ROW_BACKWARD:
+    whole = N * wide <= WIDEST_ROW_BACKWARD
+    if whole:
         block_n = power_of_two(N)
         block_m = max(TILE_BYTES // 4 // block_n // wide, 1)
     else:
         block_m, block_n = COLUMN_TILE[0], COLUMN_TILE[1] // wide
-    warps = _row_warps(block_m * block_n * wide, align < 4 or gated or itemsize > 2)
-    room = max(ROW_WARPS // warps, 1) * device.multiprocessors
-    wanted = room // cdiv(N, block_n)
-    return RowPlan(block_m, block_n, warps, *_shares(cdiv(M, block_m), wanted))
+    num_warps = _row_warps(block_m * block_n * wide, align < 4 or gated or itemsize > 2)
+    together = max(ROW_WARPS // num_warps, 1)
+    return RowPlan(
+        whole, block_m, block_n,
+        _stages(block_m * block_n * loaded, 4 * block_n + 1024, together, device),
+        resident(num_warps, ROW_WARPS, itemsize, device),
+        *_shares(cdiv(M, block_m), together * device.multiprocessors // cdiv(N, block_n)),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,10 @@ from torch import Tensor
 from fastnorm.kernels.device.activations import ACTIVATIONS
 from fastnorm.kernels.devices import Device, device_of
 from fastnorm.kernels.launch import (
+    KEPT_ROW,
     ROW_PARTIALS,
-    ROW_WARPS,
     cdiv,
     divisor_class,
-    resident,
     row_gradient_plan,
     row_plan,
     row_sums_plan,
@@ -82,28 +81,31 @@ def forward(
     total = None if residual is None else torch.empty_like(y, dtype=dtype)
     stats = torch.empty(3 if center else 1, M, dtype=_compute_dtype(y), device=x.device)
     align = _align(N, x, residual)
-    plan = row_plan(M, N, dtype.itemsize, align, device_of(x.device))
+    loaded = x.element_size() + (0 if residual is None else residual.element_size())
+    plan = row_plan(M, N, dtype.itemsize, align, loaded, device_of(x.device))
     act, _ = ACTIVATIONS[activation]
     strides = (_stride(x), _stride(residual))
-    options = {
-        "CENTER": center, "BLOCK_N": plan.block_n, "ALIGN": align, "num_warps": plan.num_warps,
-    }  # fmt: skip
+    full = N % plan.block_n == 0
+    options = {"CENTER": center, "BLOCK_N": plan.block_n, "ALIGN": align, **plan.options}
     if plan.whole:
-        layer_norm_fwd_kernel[(cdiv(M, plan.block_m),)](
+        layer_norm_fwd_kernel[(plan.programs,)](
             x, residual, weight, bias, total, y, stats, eps, M, N, *strides,
-            ACT=act, BLOCK_M=plan.block_m, **options,
+            plan.tiles, plan.tiles_per_program,
+            ACT=act, FULL=full, KEEP=plan.block_n <= KEPT_ROW,
+            BLOCK_M=plan.block_m, STAGES=plan.stages, **options,
         )  # fmt: skip
     elif plan.programs == 1:
         layer_norm_fwd_loop_kernel[(M,)](
             x, residual, weight, bias, total, y, stats, eps, M, N, *strides, plan.tiles,
-            ACT=act, **options,
+            ACT=act, FULL=full, **options,
         )  # fmt: skip
     else:
         grid, share = (M * plan.programs,), (plan.tiles, plan.tiles_per_program)
         partial = torch.empty(4, M, plan.programs, dtype=stats.dtype, device=x.device)
         layer_norm_fwd_moments_kernel[grid](
-            x, residual, total, partial, M, N, plan.programs, *strides, *share, **options
-        )
+            x, residual, total, partial, M, N, plan.programs, *strides, *share,
+            FULL=full, **options,
+        )  # fmt: skip
         source = x if total is None else total.view(M, N)
         layer_norm_fwd_apply_kernel[grid](
             source, weight, bias, partial, y, stats, eps,
@@ -135,7 +137,8 @@ def backward(
     device = device_of(x.device)
     _, gate = ACTIVATIONS[activation]
     align = _align(N, dy, x, dsum)
-    plan = row_gradient_plan(M, N, x.element_size(), align, bias is not None, device)
+    loaded = sum(t.element_size() for t in (dy, x, dsum) if t is not None)
+    plan = row_gradient_plan(M, N, x.element_size(), align, loaded, bias is not None, device)
     options = {"ACT_GRAD": gate, "CENTER": stats.shape[0] == 3, "ALIGN": align}
     operands = (dy, x, weight, bias, stats)
     sums = _row_sums(*operands, device, align, options) if wants_dx else None
@@ -149,8 +152,7 @@ def backward(
         *operands, sums, dsum, dx, dw_partial, db_partial,
         M, N, plan.programs, _stride(dy), _stride(x), _stride(dsum),
         plan.tiles, plan.tiles_per_program,
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, **options,
-        **resident(plan.num_warps, ROW_WARPS, x.element_size(), device),
+        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, STAGES=plan.stages, **options, **plan.options,
     )  # fmt: skip
     sum_partials(dw_partial, db_partial, None, dw, db)
     return dx, dw, db
@@ -168,14 +170,17 @@ def _row_sums(
 ) -> Tensor | None:
     """c1 and c2 as (2, M), where rows are too wide for one tile."""
     M, N = x.shape
-    plan = row_sums_plan(M, N, x.element_size(), align, device)
+    plan = row_sums_plan(
+        M, N, x.element_size(), align, dy.element_size() + x.element_size(), device
+    )
     if plan is None:
         return None
     partial = torch.empty(2, plan.programs, M, dtype=stats.dtype, device=x.device)
     layer_norm_bwd_reduce_kernel[(M * plan.programs,)](
         dy, x, weight, bias, stats, partial, M, N, plan.programs, _stride(dy), _stride(x),
-        plan.tiles, plan.tiles_per_program,
-        BLOCK_N=plan.block_n, num_warps=plan.num_warps, **options,
+        plan.tiles, plan.tiles_per_program, BLOCK_N=plan.block_n,
+        # what is loaded ahead goes past the first-level cache, where other programs leave w
+        STAGES=plan.stages if weight is None else 1, **options, **plan.options,
     )  # fmt: skip
     if plan.programs == 1:
         return partial[:, 0]

@@ -14,7 +14,7 @@ from fastnorm.kernels.device.rows import (
     wide_rows,
     wide_stride,
 )
-from fastnorm.kernels.device.tiles import STAGES, load_as, store_cast
+from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import ROW_SIZES
 
 
@@ -24,7 +24,8 @@ def layer_norm_bwd_reduce_kernel(
     dy_ptr, x_ptr, w_ptr, b_ptr, stats_ptr,  # (M, N), (M, N), (N,), (N,); b where act′ needs it
     partial_ptr,                             # (2, P, M): Σ wdz·x̂, Σ wdz
     M, N, P, stride_dy_row, stride_x_row, tiles, tiles_per_program,
-    ACT_GRAD: tl.constexpr, CENTER: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    ACT_GRAD: tl.constexpr, CENTER: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)
@@ -38,8 +39,7 @@ def layer_norm_bwd_reduce_kernel(
     c2 = tl.zeros((1, BLOCK_N), ACC)
     first = p * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tiles)
-    # what is loaded ahead goes past the first-level cache, where other programs leave w
-    for tile in tl.range(first, last, num_stages=STAGES if w_ptr is None else 1):
+    for tile in tl.range(first, last, num_stages=STAGES):
         col, inside = columns_of(tile, N, BLOCK_N)
         w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
         xhat, _, wdz = load_xhat_dz_wdz(
@@ -62,7 +62,7 @@ def layer_norm_bwd_kernel(
     dw_partial_ptr, db_partial_ptr,          # (P, N), (P, N)
     M, N, P, stride_dy_row, stride_x_row, stride_dsum_row, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, CENTER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)

@@ -5,11 +5,11 @@ import triton.language as tl
 
 from fastnorm.kernels.device.moments import finite_or_zero, merge_partials, rstd_of, two_sum
 from fastnorm.kernels.device.rows import (
+    centered,
     columns_of,
     load_scale,
     load_sum,
     moments_of_row,
-    normalized,
     row_moments,
     rows_of,
     store_row_stats,
@@ -20,35 +20,42 @@ from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import ROW_SIZES
 
 
-# One program owns BLOCK_M whole rows, and keeps them in registers.
+# One program owns some consecutive tiles of BLOCK_M whole rows, and keeps each in registers.
 @triton.jit(do_not_specialize=ROW_SIZES)
 def layer_norm_fwd_kernel(
     x_ptr, residual_ptr, w_ptr, b_ptr,      # (M, N), (M, N), (N,), (N,)
     sum_ptr, y_ptr, stats_ptr,              # (M, N), (M, N), (3, M): rstd, mean, rest; RMS: (1, M)
     eps: tl.float64,
-    M, N, stride_x_row, stride_residual_row,
-    ACT: tl.constexpr, CENTER: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    M, N, stride_x_row, stride_residual_row, tiles, tiles_per_program,
+    ACT: tl.constexpr, CENTER: tl.constexpr, FULL: tl.constexpr, KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)
-    row, rmask = rows_of(tl.program_id(0), M, BLOCK_M)
-    col = tl.arange(0, BLOCK_N)
-    inside = col < N
-    mask = rmask[:, None] & inside[None, :]
-    at = (row * N)[:, None] + col[None, :]
-    x = load_sum(
-        x_ptr, (row * wide_stride(stride_x_row, ALIGN))[:, None] + col[None, :],
-        residual_ptr, (row * wide_stride(stride_residual_row, ALIGN))[:, None] + col[None, :],
-        sum_ptr, mask, ACC,
-    )  # fmt: skip
-    store_cast(sum_ptr, at, x, mask)
-    mean, rest, std = row_moments(x, mask, N.to(ACC), CENTER)
-    rstd = rstd_of(std, tl.full((), eps, ACC))
-    store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
-    w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
-    z = normalized(x, mean, rest, rstd, CENTER) * w[None, :] + b[None, :]
-    store_cast(y_ptr, at, ACT(z), mask)
+    col, inside = columns_of(0, N, BLOCK_N)
+    if KEEP:
+        w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
+    first = tl.program_id(0) * tiles_per_program
+    last = tl.minimum(first + tiles_per_program, tiles)
+    for tile in tl.range(first, last, num_stages=STAGES):
+        row, rmask = rows_of(tile, M, BLOCK_M)
+        mask = rmask[:, None] & inside[None, :]
+        at = (row * N)[:, None] + col[None, :]
+        x = load_sum(
+            x_ptr, (row * wide_stride(stride_x_row, ALIGN))[:, None] + col[None, :],
+            residual_ptr, (row * wide_stride(stride_residual_row, ALIGN))[:, None] + col[None, :],
+            sum_ptr, mask, ACC,
+        )  # fmt: skip
+        store_cast(sum_ptr, at, x, mask)
+        mean, rest, std, d = row_moments(x, inside[None, :], N.to(ACC), CENTER, FULL)
+        rstd = rstd_of(std, tl.full((), eps, ACC))
+        store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
+        xhat = d * rstd[:, None]
+        if KEEP:
+            store_cast(y_ptr, at, ACT(xhat * w[None, :] + b[None, :]), mask)
+        elif tile < tiles:  # it is; what is loaded within a branch is not loaded ahead
+            w_t, b_t = load_scale(w_ptr, b_ptr, col, inside, ACC)
+            store_cast(y_ptr, at, ACT(xhat * w_t[None, :] + b_t[None, :]), mask)
 
 
 @triton.jit
@@ -63,7 +70,8 @@ def normalize_row(
         at, mask = col[None, :], inside[None, :]
         x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
         w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
-        z = normalized(x, mean, rest, rstd, CENTER) * w[None, :] + b[None, :]
+        xhat = centered(x, mean, rest, CENTER) * rstd[:, None]
+        z = xhat * w[None, :] + b[None, :]
         store_cast(y_ptr, at, ACT(z), mask)
 
 
@@ -74,7 +82,8 @@ def layer_norm_fwd_loop_kernel(
     sum_ptr, y_ptr, stats_ptr,              # (M, N), (M, N), (3, M): rstd, mean, rest; RMS: (1, M)
     eps: tl.float64,
     M, N, stride_x_row, stride_residual_row, tiles,
-    ACT: tl.constexpr, CENTER: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    ACT: tl.constexpr, CENTER: tl.constexpr, FULL: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)
@@ -85,7 +94,7 @@ def layer_norm_fwd_loop_kernel(
         residual_ptr += r * wide_stride(stride_residual_row, ALIGN)
         sum_ptr += r * N
     _, mean, rest, std = moments_of_row(
-        x_ptr, residual_ptr, sum_ptr, 0, tiles, N, ACC, CENTER, BLOCK_N
+        x_ptr, residual_ptr, sum_ptr, 0, tiles, N, ACC, CENTER, FULL, BLOCK_N
     )
     rstd = rstd_of(std, tl.full((), eps, ACC))
     store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
@@ -101,7 +110,7 @@ def layer_norm_fwd_moments_kernel(
     x_ptr, residual_ptr, sum_ptr,           # (M, N) each
     partial_ptr,                            # (4, M, P): count, mean, rest, std
     M, N, P, stride_x_row, stride_residual_row, tiles, tiles_per_program,
-    CENTER: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    CENTER: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)
@@ -114,7 +123,7 @@ def layer_norm_fwd_moments_kernel(
     first = p * tiles_per_program
     count, mean, rest, std = moments_of_row(
         x_ptr, residual_ptr, sum_ptr, first, tl.minimum(first + tiles_per_program, tiles), N,
-        ACC, CENTER, BLOCK_N,
+        ACC, CENTER, FULL, BLOCK_N,
     )  # fmt: skip
     at = r * P + p + tl.arange(0, 1)
     tl.store(partial_ptr + at, count)

@@ -57,6 +57,14 @@ def test_no_spills_and_no_stack(codes):
 
 
 @targets
+def test_programs_have_the_shared_memory_that_they_ask_for(codes):
+    """A launch that asks for more fails."""
+    most = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "sm_120": 99, "gfx942": 64}
+    for code in codes:
+        assert code["shared"] <= most[code["target"]] << 10, code
+
+
+@targets
 def test_large_tensors_move_in_16_bytes(codes):
     """Or in what alignment allows: a mask whose bound is not a known multiple makes them scalar."""
     wide = 0
@@ -74,7 +82,7 @@ def test_loops_over_tiles_load_ahead(codes):
         for family in ("batch", "group")
         for kernel in ("fwd_moments", "fwd_apply", "bwd_reduce", "bwd_apply")
     )
-    loops += ("layer_norm_bwd_kernel",)
+    loops += ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel")
     found = [c for c in codes if c["target"].startswith("sm") and c["kernel"].startswith(loops)]
     wide = [c for c in found if 16 in c["widths"].get("dy_ptr", c["widths"].get("x_ptr", []))]
     for code in wide:

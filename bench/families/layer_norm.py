@@ -63,6 +63,7 @@ def cases() -> Iterator[Case]:
         yield kind("hidden size", (ELEMENTS // 4096, 4096), torch.float32)
         for width in (1024, 4096, 16384):
             yield kind("pre-norm", (ELEMENTS // width, width), residual=True)
+        yield kind("pre-norm", (ELEMENTS // 8192, 8192), torch.float32, residual=True)
         # without weights, which would be as large as the rows; small and option cases have them
         yield kind("few huge rows", (16, 4194304), affine=False)
         yield kind("one odd row", (1, 1000003), torch.float32, affine=False)

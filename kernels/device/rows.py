@@ -42,29 +42,42 @@ def columns_of(tile, N, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def deviations(x, mask, count, CENTER: tl.constexpr):
+def only(t, inside, FULL: tl.constexpr):
+    """t, 0 in columns outside; where no column is, nothing is compared."""
+    return t if FULL else tl.where(inside, t, 0.0)
+
+
+@triton.jit
+def centered(x, mean, rest, CENTER: tl.constexpr):
+    """x − mean − rest of a tile; what lies outside its mask is not 0."""
+    return (x - mean[:, None]) - rest[:, None] if CENTER else x
+
+
+@triton.jit
+def deviations(x, inside, count, CENTER: tl.constexpr, FULL: tl.constexpr):
     """(mean, rest, x − mean − rest) of each row: the mean of a large one in two numbers."""
     zero = tl.zeros((x.shape[0],), x.dtype)
     if not CENTER:
         return zero, zero, x
     mean = tl.sum(x, axis=1) / count
-    d = tl.where(mask, x - mean[:, None], 0.0)
+    d = only(x - mean[:, None], inside, FULL)
     rest = tl.sum(d, axis=1) / count
-    return mean, rest, tl.where(mask, d - rest[:, None], 0.0)
+    return mean, rest, only(d - rest[:, None], inside, FULL)
 
 
 @triton.jit
-def row_moments(x, mask, count, CENTER: tl.constexpr):
-    """(mean, rest, std) of each row of a tile that is 0 outside the mask; `count` are inside."""
-    mean, rest, d = deviations(x, mask, count, CENTER)
+def row_moments(x, inside, count, CENTER: tl.constexpr, FULL: tl.constexpr):
+    """(mean, rest, std, x − mean − rest) of each row of a tile, and 0 outside, as x is."""
+    mean, rest, d = deviations(x, inside, count, CENTER, FULL)
     std = sqrt(tl.sum(d * d, axis=1) / count)
     if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # a sum overflowed, or x is not finite
         scale = scale_of(tl.max(tl.abs(x), axis=1))
-        mean, rest, d = deviations(x * (1.0 / scale)[:, None], mask, count, CENTER)
+        mean, rest, d = deviations(x * (1.0 / scale)[:, None], inside, count, CENTER, FULL)
         std = sqrt(tl.sum(d * d, axis=1) / count) * scale
         mean *= scale
         rest *= scale
-    return mean, rest, std
+        d = centered(x, mean, rest, CENTER)
+    return mean, rest, std, d
 
 
 @triton.jit
@@ -80,7 +93,7 @@ def load_sum(x_ptr, x_at, residual_ptr, residual_at, sum_ptr, mask, ACC: tl.cons
 @triton.jit
 def moments_of_row(
     x_ptr, residual_ptr, sum_ptr, first, last, N, ACC: tl.constexpr,
-    CENTER: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTER: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """(count, mean, rest, std), each (1,), of tiles first … last-1 of the row at these pointers.
 
@@ -96,7 +109,7 @@ def moments_of_row(
         x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
         store_cast(sum_ptr, at, x, mask)
         count_t = tl.sum(mask.to(ACC), axis=1)
-        mean_t, rest_t, std_t = row_moments(x, mask, count_t, CENTER)
+        mean_t, rest_t, std_t, _ = row_moments(x, mask, count_t, CENTER, FULL)
         if tile == first:
             base = finite_or_zero(mean_t)
         mean_t = (mean_t - base) + rest_t
@@ -124,14 +137,6 @@ def store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER: tl.const
 
 
 @triton.jit
-def normalized(x, mean, rest, rstd, CENTER: tl.constexpr):
-    """x̂ of a tile; what lies outside its mask is not 0."""
-    if CENTER:
-        return ((x - mean[:, None]) - rest[:, None]) * rstd[:, None]
-    return x * rstd[:, None]
-
-
-@triton.jit
 def load_scale(w_ptr, b_ptr, col, inside, ACC: tl.constexpr):
     """(w, b) of some columns; 1 and −0, which change nothing, where they are absent."""
     return load_or(w_ptr, col, inside, 1.0, ACC), load_or(b_ptr, col, inside, -0.0, ACC)
@@ -145,7 +150,7 @@ def load_xhat_dz_wdz(
     """x̂, dz = dy · act′(z) and dz · w of a tile, 0 outside."""
     ACC: tl.constexpr = rstd.dtype
     dy = load_as(dy_ptr, dy_at, mask, ACC)
-    xhat = normalized(load_as(x_ptr, x_at, mask, ACC), mean, rest, rstd, CENTER)
+    xhat = centered(load_as(x_ptr, x_at, mask, ACC), mean, rest, CENTER) * rstd[:, None]
     xhat = tl.where(mask, xhat, 0.0)
     dz = tl.where(mask, ACT_GRAD(dy, xhat * w[None, :] + b[None, :]), 0.0)
     return xhat, dz, dz * w[None, :]
