@@ -180,6 +180,7 @@ ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
 # keeps their parameters, too.
 ROW_FORWARD = ((512, 16, 24), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_ROW = 4096
+AHEAD_BYTES = 65536  # of a multiprocessor: more under way is of no use
 
 
 @dataclass(frozen=True)
@@ -194,6 +195,10 @@ class RowPlan:
     tiles: int  # that a program's share is counted in: of one row, or of rows
     programs: int  # that share those tiles
     tiles_per_program: int
+
+    def is_full(self, N: int) -> bool:
+        """Whether no tile reaches beyond a row."""
+        return N % self.block_n == 0
 
 
 def _shares(tiles: int, wanted: int) -> tuple[int, int, int]:
@@ -213,9 +218,10 @@ def _row_warps(elements: int, many: bool) -> int:
 
 
 def _stages(tile_bytes: int, scratch: int, programs: int, device: Device) -> int:
-    """With two tiles loaded ahead, or as many as shared memory has room for."""
+    """With two tiles loaded ahead, or as many as are enough or shared memory has room for."""
     room = device.shared // programs - scratch
-    return min(max(room // tile_bytes, 0), 2) + 1
+    wanted = 1 if programs * tile_bytes >= AHEAD_BYTES else 2
+    return min(max(room // tile_bytes, 0), wanted) + 1
 
 
 def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Device) -> RowPlan:

@@ -85,27 +85,28 @@ def forward(
     plan = row_plan(M, N, dtype.itemsize, align, loaded, device_of(x.device))
     act, _ = ACTIVATIONS[activation]
     strides = (_stride(x), _stride(residual))
-    full = N % plan.block_n == 0
-    options = {"CENTER": center, "BLOCK_N": plan.block_n, "ALIGN": align, **plan.options}
+    options = {
+        "CENTER": center, "FULL": plan.is_full(N), "BLOCK_N": plan.block_n, "ALIGN": align,
+        **plan.options,
+    }  # fmt: skip
     if plan.whole:
         layer_norm_fwd_kernel[(plan.programs,)](
             x, residual, weight, bias, total, y, stats, eps, M, N, *strides,
             plan.tiles, plan.tiles_per_program,
-            ACT=act, FULL=full, KEEP=plan.block_n <= KEPT_ROW,
+            ACT=act, KEEP=plan.block_n <= KEPT_ROW,
             BLOCK_M=plan.block_m, STAGES=plan.stages, **options,
         )  # fmt: skip
     elif plan.programs == 1:
         layer_norm_fwd_loop_kernel[(M,)](
             x, residual, weight, bias, total, y, stats, eps, M, N, *strides, plan.tiles,
-            ACT=act, FULL=full, **options,
+            ACT=act, **options,
         )  # fmt: skip
     else:
         grid, share = (M * plan.programs,), (plan.tiles, plan.tiles_per_program)
         partial = torch.empty(4, M, plan.programs, dtype=stats.dtype, device=x.device)
         layer_norm_fwd_moments_kernel[grid](
-            x, residual, total, partial, M, N, plan.programs, *strides, *share,
-            FULL=full, **options,
-        )  # fmt: skip
+            x, residual, total, partial, M, N, plan.programs, *strides, *share, **options
+        )
         source = x if total is None else total.view(M, N)
         layer_norm_fwd_apply_kernel[grid](
             source, weight, bias, partial, y, stats, eps,
@@ -152,7 +153,8 @@ def backward(
         *operands, sums, dsum, dx, dw_partial, db_partial,
         M, N, plan.programs, _stride(dy), _stride(x), _stride(dsum),
         plan.tiles, plan.tiles_per_program,
-        BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, STAGES=plan.stages, **options, **plan.options,
+        FULL=plan.is_full(N), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, STAGES=plan.stages,
+        **options, **plan.options,
     )  # fmt: skip
     sum_partials(dw_partial, db_partial, None, dw, db)
     return dx, dw, db
@@ -178,7 +180,7 @@ def _row_sums(
     partial = torch.empty(2, plan.programs, M, dtype=stats.dtype, device=x.device)
     layer_norm_bwd_reduce_kernel[(M * plan.programs,)](
         dy, x, weight, bias, stats, partial, M, N, plan.programs, _stride(dy), _stride(x),
-        plan.tiles, plan.tiles_per_program, BLOCK_N=plan.block_n,
+        plan.tiles, plan.tiles_per_program, FULL=plan.is_full(N), BLOCK_N=plan.block_n,
         # what is loaded ahead goes past the first-level cache, where other programs leave w
         STAGES=plan.stages if weight is None else 1, **options, **plan.options,
     )  # fmt: skip

@@ -24,7 +24,7 @@ def layer_norm_bwd_reduce_kernel(
     dy_ptr, x_ptr, w_ptr, b_ptr, stats_ptr,  # (M, N), (M, N), (N,), (N,); b where act′ needs it
     partial_ptr,                             # (2, P, M): Σ wdz·x̂, Σ wdz
     M, N, P, stride_dy_row, stride_x_row, tiles, tiles_per_program,
-    ACT_GRAD: tl.constexpr, CENTER: tl.constexpr,
+    ACT_GRAD: tl.constexpr, CENTER: tl.constexpr, FULL: tl.constexpr,
     BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
@@ -40,7 +40,7 @@ def layer_norm_bwd_reduce_kernel(
     first = p * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tiles)
     for tile in tl.range(first, last, num_stages=STAGES):
-        col, inside = columns_of(tile, N, BLOCK_N)
+        col, inside = columns_of(tile, N, BLOCK_N, FULL)
         w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
         xhat, _, wdz = load_xhat_dz_wdz(
             dy_ptr, col[None, :], x_ptr, col[None, :],
@@ -61,14 +61,14 @@ def layer_norm_bwd_kernel(
     sums_ptr, dsum_ptr, dx_ptr,              # (2, M), (M, N), (M, N); None: none, not wanted
     dw_partial_ptr, db_partial_ptr,          # (P, N), (P, N)
     M, N, P, stride_dy_row, stride_x_row, stride_dsum_row, tiles, tiles_per_program,
-    ACT_GRAD: tl.constexpr, CENTER: tl.constexpr,
+    ACT_GRAD: tl.constexpr, CENTER: tl.constexpr, FULL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)
     pid = tl.program_id(0)
     p = pid % P
-    col, inside = columns_of(pid // P, N, BLOCK_N)
+    col, inside = columns_of(pid // P, N, BLOCK_N, FULL)
     first = p * tiles_per_program
     dw = tl.zeros((BLOCK_M, BLOCK_N), ACC)
     db = tl.zeros((BLOCK_M, BLOCK_N), ACC)

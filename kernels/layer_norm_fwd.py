@@ -32,7 +32,7 @@ def layer_norm_fwd_kernel(
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)
-    col, inside = columns_of(0, N, BLOCK_N)
+    col, inside = columns_of(0, N, BLOCK_N, FULL)
     if KEEP:
         w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
     first = tl.program_id(0) * tiles_per_program
@@ -47,7 +47,7 @@ def layer_norm_fwd_kernel(
             sum_ptr, mask, ACC,
         )  # fmt: skip
         store_cast(sum_ptr, at, x, mask)
-        mean, rest, std, d = row_moments(x, inside[None, :], N.to(ACC), CENTER, FULL)
+        mean, rest, std, d = row_moments(x, inside[None, :], N.to(ACC), CENTER)
         rstd = rstd_of(std, tl.full((), eps, ACC))
         store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
         xhat = d * rstd[:, None]
@@ -61,12 +61,12 @@ def layer_norm_fwd_kernel(
 @triton.jit
 def normalize_row(
     x_ptr, residual_ptr, sum_ptr, w_ptr, b_ptr, y_ptr, first, last, N, mean, rest, rstd,
-    ACT: tl.constexpr, CENTER: tl.constexpr, BLOCK_N: tl.constexpr,
+    ACT: tl.constexpr, CENTER: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """y of the tiles of one row, last tile first: what was read before is still in the cache."""
     ACC: tl.constexpr = rstd.dtype
     for i in range(first, last):
-        col, inside = columns_of(first + last - 1 - i, N, BLOCK_N)
+        col, inside = columns_of(first + last - 1 - i, N, BLOCK_N, FULL)
         at, mask = col[None, :], inside[None, :]
         x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
         w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
@@ -100,7 +100,7 @@ def layer_norm_fwd_loop_kernel(
     store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
     normalize_row(
         x_ptr, residual_ptr, sum_ptr, w_ptr, b_ptr, y_ptr + r * N, 0, tiles, N, mean, rest, rstd,
-        ACT, CENTER, BLOCK_N,
+        ACT, CENTER, FULL, BLOCK_N,
     )  # fmt: skip
 
 
@@ -155,7 +155,7 @@ def layer_norm_fwd_apply_kernel(
     y_ptr, stats_ptr,                       # (M, N), (3, M): rstd, mean, rest; RMS: (1, M)
     eps: tl.float64,
     M, N, P, stride_x_row, tiles, tiles_per_program,
-    ACT: tl.constexpr, CENTER: tl.constexpr,
+    ACT: tl.constexpr, CENTER: tl.constexpr, FULL: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_P: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
@@ -170,5 +170,5 @@ def layer_norm_fwd_apply_kernel(
     normalize_row(
         x_ptr + r * wide_stride(stride_x_row, ALIGN), None, None, w_ptr, b_ptr, y_ptr + r * N,
         first, tl.minimum(first + tiles_per_program, tiles), N, mean, rest, rstd,
-        ACT, CENTER, BLOCK_N,
+        ACT, CENTER, FULL, BLOCK_N,
     )  # fmt: skip

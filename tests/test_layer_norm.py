@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastnorm
 import fastnorm.functional as FF
+from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.kernels import devices, launch
 
 KINDS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
@@ -243,3 +244,204 @@ def test_what_is_loaded_ahead_fits_shared_memory(shared):
                 assert (plan.stages - 1) * tile * programs <= max(room, 0)
                 ahead.add(plan.stages - 1)
     assert ahead == {0, 1, 2}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(backend, activation, kind):
+    for dtype in (torch.float32, torch.bfloat16):
+        problem(kind, (9, 40), backend, dtype, activation=activation).check()
+
+
+@pytest.mark.parametrize("parameters", FLOATS, ids=lambda d: f"parameters {d}"[17:])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: f"input {d}"[12:])
+@pytest.mark.parametrize("kind", KINDS)
+def test_mixed_dtypes(backend, kind, dtype, parameters):
+    for affine in ("wb", "w", "b"):
+        case = problem(kind, (7, 24), backend, dtype, parameters=parameters, affine=affine)
+        assert case.check()["y"].dtype == dtype
+
+
+@pytest.mark.parametrize("kind", ["add_layer_norm", "add_rms_norm"])
+def test_residual_of_another_dtype(backend, kind):
+    """The sum and the output have the dtype that torch promotes to; each gradient its own."""
+    pair = {"dtype": torch.bfloat16, "residual_dtype": torch.float32}
+    got = problem(kind, (5, 24), backend, **pair, activation="silu").check()
+    assert got["y"].dtype is got["sum"].dtype is torch.float32
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("affine", ["", "w", "b"])
+def test_without_parameters(backend, kind, affine):
+    for activation in ("identity", "silu"):
+        problem(kind, (9, 40), backend, affine=affine, activation=activation).check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_trailing_axes(backend, kind, axes):
+    problem(kind, (3, 4, 5, 6), backend, axes=axes, activation="relu").check()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("activation", ["identity", "gelu"])
+def test_only_what_is_asked_for(backend, way, kind, activation):
+    """Each gradient alone is the same as with all the others."""
+    case = problem(kind, (1 if way == "split" else 5, 200), backend, activation=activation)
+    want = case.run(case.call, case.leaves())
+    for wanted in case.leaves():
+        leaves = case.leaves()
+        for name, leaf in leaves.items():
+            leaf.requires_grad_(name == wanted)
+        outputs = case.call(leaves)
+        if wanted in ("weight", "bias"):
+            outputs = outputs[:1]
+        (got,) = torch.autograd.grad(outputs, leaves[wanted], [case.dy, case.dsum][: len(outputs)])
+        torch.testing.assert_close(got, want[f"d{wanted}"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["add_layer_norm", "add_rms_norm"])
+def test_either_output_alone(backend, kind):
+    """The gradient of one output is that of both with zeros for the other."""
+    case = problem(kind, (5, 40), backend)
+    for used in (0, 1):
+        leaves = case.leaves()
+        wanted = list(leaves)[: 4 if used == 0 else 2]
+        seeds = [case.dy, case.dsum]
+        got = torch.autograd.grad(case.call(leaves)[used], [leaves[n] for n in wanted], seeds[used])
+        seeds[1 - used] = torch.zeros_like(seeds[used])
+        leaves = case.leaves()
+        want = torch.autograd.grad(case.call(leaves), [leaves[n] for n in wanted], seeds)
+        for g, w in zip(got, want, strict=True):
+            torch.testing.assert_close(g, w, rtol=1e-6, atol=1e-6)
+
+
+def strided_inputs(device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(3)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    return {
+        "transposed": draw(12, 9).t(),
+        "every second row": draw(8, 12)[::2],
+        "a row stride": draw(6, 20)[:, 3:15],
+        "a row stride, 3d": draw(2, 3, 16)[..., :12],
+        "rows that do not collapse": draw(2, 6, 12)[:, ::2],
+        "expanded rows": draw(1, 12).expand(5, 12),
+        "expanded columns": draw(5, 1).expand(5, 12),
+        "every second column": draw(5, 24)[:, ::2],
+        "channels_last": draw(2, 3, 4, 12).to(memory_format=torch.channels_last),
+    }
+
+
+@pytest.mark.parametrize("name", strided_inputs(torch.device("cpu")))
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_strides(backend, kind, name):
+    x = strided_inputs(backend)[name]
+    case = problem(kind, tuple(x.shape), backend, activation="silu")
+    case.x = x
+    want = case.run(case.reference_call, case.leaves(torch.float64))
+    leaves = case.leaves() | {"x": x.detach().requires_grad_()}  # clone() would drop the strides
+    for leaf, value in case.run(case.call, leaves).items():
+        assert_close(value, want[leaf], 100, leaf)
+
+
+@pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_strides_of_dy_and_residual(backend, kind, layout):
+    shape = (6, 8)
+    case = problem(kind, shape, backend, activation="tanh")
+    if layout == "expanded":  # what y.sum().backward() makes
+        case.dy = case.dsum = torch.ones((), device=backend).expand(shape)
+    elif layout == "transposed":
+        case.dy, case.dsum = case.dy.reshape(8, 6).t(), case.dsum.reshape(8, 6).t()
+    else:
+        case.dy = torch.randn(6, 20, device=backend)[:, 3:11]
+        case.dsum = torch.randn(6, 20, device=backend)[:, 8:16]
+        if case.residual is not None:
+            case.residual = torch.randn(6, 20, device=backend)[:, 5:13]
+    case.check()
+
+
+@pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm"])
+@pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
+def test_default_eps_of_rms_norm(backend, kind, dtype):
+    """None is torch's: of the dtype that is computed in."""
+    case = problem(kind, (3, 8), backend, dtype)
+    case.x, case.dy = case.x * 1e-4, case.dy
+    if case.residual is not None:
+        case.residual = case.residual * 1e-4
+    case.eps = None
+    leaves = case.leaves()
+    got = case.call(leaves)[0]
+    case.eps = torch.finfo(compute_dtype(dtype)).eps
+    want = case.reference_call(case.leaves(torch.float64))[0]
+    assert_close(got, want, 8)
+    x = case.x if case.residual is None else case.x + case.residual
+    torchs = torch.nn.functional.rms_norm(x, (8,), case.weight)
+    assert_close(got, torchs, 8, roundings=2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradcheck(backend, kind):
+    for activation in ("identity", "silu"):
+        case = problem(kind, (2, 3), backend, torch.float64, activation=activation)
+        leaves = case.leaves()
+
+        def call(*tensors, case=case, names=tuple(leaves)):
+            return case.call(dict(zip(names, tensors, strict=True)))
+
+        assert torch.autograd.gradcheck(call, tuple(leaves.values()))
+        assert torch.autograd.gradgradcheck(call, tuple(leaves.values()), fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_second_derivatives_of_strided_inputs(backend, kind):
+    """A copy that the kernels needed must not cut the graph."""
+    case = problem(kind, (3, 4), backend, torch.float64)
+    wide = torch.randn(6, 8, dtype=torch.float64, device=backend).requires_grad_()
+
+    def call(wide):
+        return case.call({"x": wide[::2, ::2], "residual": wide[1::2, 1::2]} if case.residual
+                         is not None else {"x": wide[::2, ::2]})  # fmt: skip
+
+    assert torch.autograd.gradgradcheck(call, wide)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bits_every_time(backend, way, kind):
+    case = problem(kind, (1 if way == "split" else 5, 300), backend, torch.bfloat16)
+    first, second = (case.run(case.call, case.leaves()) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inputs_are_left_alone(backend, kind):
+    case = problem(kind, (4, 12), backend, activation="relu")
+    names = [
+        n for n in ("x", "residual", "weight", "bias", "dy", "dsum") if getattr(case, n) is not None
+    ]
+    before = {n: getattr(case, n).clone() for n in names}
+    leaves = {n: getattr(case, n).requires_grad_() for n in case.leaves()}
+    case.run(case.call, leaves)
+    for name, value in before.items():
+        assert torch.equal(getattr(case, name), value), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0), (2, 0, 3)], ids=str)
+def test_empty(backend, kind, shape):
+    """As torch: an empty output, and zeros for the parameters' gradients."""
+    case = problem(kind, shape, backend)
+    leaves = case.leaves()
+    outputs = case.call(leaves)
+    gradients = torch.autograd.grad(
+        outputs, list(leaves.values()), [torch.ones_like(y) for y in outputs]
+    )
+    for leaf, gradient in zip(leaves.values(), gradients, strict=True):
+        assert gradient.shape == leaf.shape
+        assert not gradient.any()
+    for y in outputs:
+        assert y.shape == torch.Size(shape)

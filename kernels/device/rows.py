@@ -36,15 +36,10 @@ def rows_of(tile, M, BLOCK_M: tl.constexpr):
 
 
 @triton.jit
-def columns_of(tile, N, BLOCK_N: tl.constexpr):
+def columns_of(tile, N, BLOCK_N: tl.constexpr, FULL: tl.constexpr):
+    """(col, inside); FULL: all are inside, as the compiler can see."""
     col = tl.cast(tile, tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    return col, col < N
-
-
-@triton.jit
-def only(t, inside, FULL: tl.constexpr):
-    """t, 0 in columns outside; where no column is, nothing is compared."""
-    return t if FULL else tl.where(inside, t, 0.0)
+    return col, tl.full((BLOCK_N,), 1, tl.int1) if FULL else col < N
 
 
 @triton.jit
@@ -54,25 +49,25 @@ def centered(x, mean, rest, CENTER: tl.constexpr):
 
 
 @triton.jit
-def deviations(x, inside, count, CENTER: tl.constexpr, FULL: tl.constexpr):
+def deviations(x, inside, count, CENTER: tl.constexpr):
     """(mean, rest, x − mean − rest) of each row: the mean of a large one in two numbers."""
     zero = tl.zeros((x.shape[0],), x.dtype)
     if not CENTER:
         return zero, zero, x
     mean = tl.sum(x, axis=1) / count
-    d = only(x - mean[:, None], inside, FULL)
+    d = tl.where(inside, x - mean[:, None], 0.0)
     rest = tl.sum(d, axis=1) / count
-    return mean, rest, only(d - rest[:, None], inside, FULL)
+    return mean, rest, tl.where(inside, d - rest[:, None], 0.0)
 
 
 @triton.jit
-def row_moments(x, inside, count, CENTER: tl.constexpr, FULL: tl.constexpr):
+def row_moments(x, inside, count, CENTER: tl.constexpr):
     """(mean, rest, std, x − mean − rest) of each row of a tile, and 0 outside, as x is."""
-    mean, rest, d = deviations(x, inside, count, CENTER, FULL)
+    mean, rest, d = deviations(x, inside, count, CENTER)
     std = sqrt(tl.sum(d * d, axis=1) / count)
     if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # a sum overflowed, or x is not finite
         scale = scale_of(tl.max(tl.abs(x), axis=1))
-        mean, rest, d = deviations(x * (1.0 / scale)[:, None], inside, count, CENTER, FULL)
+        mean, rest, d = deviations(x * (1.0 / scale)[:, None], inside, count, CENTER)
         std = sqrt(tl.sum(d * d, axis=1) / count) * scale
         mean *= scale
         rest *= scale
@@ -104,12 +99,12 @@ def moments_of_row(
     mean = tl.zeros((1,), ACC)  # relative to base
     std = tl.zeros((1,), ACC)
     for tile in range(first, last):
-        col, inside = columns_of(tile, N, BLOCK_N)
+        col, inside = columns_of(tile, N, BLOCK_N, FULL)
         at, mask = col[None, :], inside[None, :]
         x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
         store_cast(sum_ptr, at, x, mask)
         count_t = tl.sum(mask.to(ACC), axis=1)
-        mean_t, rest_t, std_t, _ = row_moments(x, mask, count_t, CENTER, FULL)
+        mean_t, rest_t, std_t, _ = row_moments(x, mask, count_t, CENTER)
         if tile == first:
             base = finite_or_zero(mean_t)
         mean_t = (mean_t - base) + rest_t
