@@ -3,6 +3,8 @@
 A Parameter as input takes the long way, which checks first.
 """
 
+import contextlib
+import copy
 from unittest import mock
 
 import pytest
@@ -89,6 +91,38 @@ def test_both_ways_end_alike(name, dtypes, activation, training):
             found[-1].append(module(leaves[0]))
     for ours, checked in zip(*found, strict=True):
         torch.testing.assert_close(ours, checked, rtol=0, atol=0)
+
+
+LONG = {
+    "BatchNorm2d": ((4, 6, 96, 96), torch.contiguous_format, False),
+    "BatchNorm2d of columns": ((4, 6, 96, 96), torch.channels_last, True),
+    "GroupNorm of columns": ((4, 6, 8, 8), torch.channels_last, True),
+}
+
+
+@pytest.mark.parametrize("name", LONG)
+def test_a_long_call_is_not_checked_where_torchs_operator_is_as_fast(name):
+    """And without gradients of the input: that ends torch's process in channels_last."""
+    shape, layout, training = LONG[name]
+    module, _ = made(name.removesuffix(" of columns"), torch.float32)
+    module.train(training)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(memory_format=layout)
+    dy = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    found = []
+    for input in (x, nn.Parameter(x, requires_grad=False)):
+        refused = mock.Mock(side_effect=AssertionError("checked"))
+        unchecked = (
+            mock.patch.multiple(checks, batch_statistics=refused, group_statistics=refused)
+            if input is x
+            else contextlib.nullcontext()
+        )
+        with unchecked:
+            norm = copy.deepcopy(module)
+            y = norm(input)
+        y.backward(dy)
+        found.append((y.detach(), *(p.grad for p in norm.parameters())))
+    for ours, checked in zip(*found, strict=True):
+        torch.testing.assert_close(ours, checked)
 
 
 @pytest.mark.parametrize("name", CASES)
