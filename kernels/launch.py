@@ -195,6 +195,7 @@ class RowPlan:
     tiles: int  # that a program's share is counted in: of one row, or of rows
     programs: int  # that share those tiles
     tiles_per_program: int
+    fold: int = 1  # rows of a tile that one thread sums in its registers
 
     def is_full(self, N: int) -> bool:
         """Whether no tile reaches beyond a row."""
@@ -285,11 +286,13 @@ def row_gradient_plan(
         block_m, block_n = COLUMN_TILE[0], COLUMN_TILE[1] // wide
     num_warps = _row_warps(block_m * block_n * wide, align < 4 or gated or itemsize > 2)
     together = max(ROW_WARPS // num_warps, 1)
+    vectors = block_m * block_n // (32 * num_warps) // min(align, block_n)  # of a thread
     return RowPlan(
         whole, block_m, block_n,
         _stages(block_m * block_n * loaded, 4 * block_n + 1024, together, device),
         resident(num_warps, ROW_WARPS, itemsize, device),
         *_shares(cdiv(M, block_m), together * device.multiprocessors // cdiv(N, block_n)),
+        fold=max(min(vectors, block_m), 1),
     )  # fmt: skip
 
 

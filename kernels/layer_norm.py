@@ -153,8 +153,8 @@ def backward(
         *operands, sums, dsum, dx, dw_partial, db_partial,
         M, N, plan.programs, _stride(dy), _stride(x), _stride(dsum),
         plan.tiles, plan.tiles_per_program,
-        FULL=plan.is_full(N), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, STAGES=plan.stages,
-        **options, **plan.options,
+        FULL=plan.is_full(N), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, FOLD=plan.fold,
+        STAGES=plan.stages, **options, **plan.options,
     )  # fmt: skip
     sum_partials(dw_partial, db_partial, None, dw, db)
     return dx, dw, db

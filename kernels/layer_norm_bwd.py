@@ -14,7 +14,7 @@ from fastnorm.kernels.device.rows import (
     wide_rows,
     wide_stride,
 )
-from fastnorm.kernels.device.tiles import load_as, store_cast
+from fastnorm.kernels.device.tiles import fold, load_as, store_cast
 from fastnorm.kernels.launch import ROW_SIZES
 
 
@@ -54,7 +54,8 @@ def layer_norm_bwd_reduce_kernel(
 
 
 # One program owns BLOCK_N columns of some consecutive tiles of BLOCK_M rows, and sums their dw and
-# db. Where those are all columns, a row's own sums are formed here too, and sums_ptr is None.
+# db: each thread first over the FOLD rows of a tile that it holds. Where those are all columns, a
+# row's own sums are formed here too, and sums_ptr is None.
 @triton.jit(do_not_specialize=ROW_SIZES)
 def layer_norm_bwd_kernel(
     dy_ptr, x_ptr, w_ptr, b_ptr, stats_ptr,  # (M, N), (M, N), (N,), (N,); b where act′ needs it
@@ -62,7 +63,8 @@ def layer_norm_bwd_kernel(
     dw_partial_ptr, db_partial_ptr,          # (P, N), (P, N)
     M, N, P, stride_dy_row, stride_x_row, stride_dsum_row, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, CENTER: tl.constexpr, FULL: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, FOLD: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)
@@ -70,8 +72,8 @@ def layer_norm_bwd_kernel(
     p = pid % P
     col, inside = columns_of(pid // P, N, BLOCK_N, FULL)
     first = p * tiles_per_program
-    dw = tl.zeros((BLOCK_M, BLOCK_N), ACC)
-    db = tl.zeros((BLOCK_M, BLOCK_N), ACC)
+    dw = tl.zeros((BLOCK_M // FOLD, BLOCK_N), ACC)
+    db = tl.zeros((BLOCK_M // FOLD, BLOCK_N), ACC)
     w, b = load_scale(w_ptr, b_ptr, col, inside, ACC)
     last = tl.minimum(first + tiles_per_program, tiles)
     for tile in tl.range(first, last, num_stages=STAGES):
@@ -93,7 +95,7 @@ def layer_norm_bwd_kernel(
             dsum_at = (row * wide_stride(stride_dsum_row, ALIGN))[:, None] + col[None, :]
             dx = input_gradient(xhat, wdz, rstd, c1, c2, dsum_ptr, dsum_at, mask, CENTER)
             store_cast(dx_ptr, (row * N)[:, None] + col[None, :], dx, mask)
-        dw += dz * xhat
-        db += dz
+        dw += fold(dz * xhat, FOLD, 1)
+        db += fold(dz, FOLD, 1)
     store_column_sums(dw_partial_ptr, p, dw, col, inside, N)
     store_column_sums(db_partial_ptr, p, db, col, inside, N)

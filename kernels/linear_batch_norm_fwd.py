@@ -70,18 +70,19 @@ def linear_batch_norm_fwd_epilogue_kernel(
         z = z.to(z_ptr.dtype.element_ty).to(ACC)  # what is normalized is what was stored
         count = tl.sum(inside.to(ACC), axis=0)
         share = 1.0 / count
+        at = tile.to(tl.int64) * N + cols
+        step = tiles.to(tl.int64) * N
+        # each number is stored as soon as it is there: a thread may have to hold it of many columns
         mean = tl.sum(tl.where(inside[:, None], z * share, 0.0), axis=0)
+        tl.store(partial_ptr + at, mean, mask=cols < N)
         d = tl.where(inside[:, None], z - mean[None, :], 0.0)
         rest = finite_or_zero(tl.sum(d * share, axis=0))
+        tl.store(partial_ptr + step + at, rest, mask=cols < N)
         d = tl.where(inside[:, None], d - rest[None, :], 0.0)
         size = tl.max(tl.abs(d), axis=0)
         unit = tl.where(size > 0.0, size, 1.0)
         d = d / unit[None, :]
         std = sqrt(tl.sum(d * d, axis=0) * share) * unit
-        at = tile.to(tl.int64) * N + cols
-        step = tiles.to(tl.int64) * N
-        tl.store(partial_ptr + at, mean, mask=cols < N)
-        tl.store(partial_ptr + step + at, rest, mask=cols < N)
         tl.store(partial_ptr + 2 * step + at, std, mask=cols < N)
         if block == 0:  # the first block of columns speaks for all
             tl.store(count_ptr + tile, count)

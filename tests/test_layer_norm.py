@@ -226,6 +226,23 @@ def test_the_ways_are_taken(monkeypatch):
     assert launch.row_sums_plan(1, 200, 4, 8, 8, devices.INTERPRETER).programs > 1
 
 
+@pytest.mark.parametrize("itemsize", [2, 4, 8])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("N", [1, 2, 40, 96, 257, 1024, 4096, 30_000])
+def test_a_thread_holds_the_rows_that_it_folds(N, gated, itemsize):
+    """Vectors of a tile go to threads in turn: what is summed first needs no other thread."""
+    align = launch.divisor_class(N, itemsize)
+    device = devices.Device(multiprocessors=132)
+    plan = launch.row_gradient_plan(4096, N, itemsize, align, 2 * itemsize, gated, device)
+    threads, vector = 32 * plan.options["num_warps"], min(align, plan.block_n)
+    element = torch.arange(plan.block_m * plan.block_n)
+    thread = element // vector % threads
+    # as device/tiles.py's fold views it: rows that are block_m / fold apart
+    folded = thread.view(plan.fold, -1)
+    assert (folded == folded[0]).all()
+    assert plan.fold == plan.block_m or folded.shape[1] <= threads * vector, "could fold more"
+
+
 @pytest.mark.parametrize("shared", [64, 99, 163, 227])
 def test_what_is_loaded_ahead_fits_shared_memory(shared):
     """Of all programs that are resident together, with their scratch; else fewer tiles are."""
