@@ -11,8 +11,7 @@ from torch import nn
 import fastnorm
 from fastnorm import init
 from fastnorm.init import Fans, fans
-from fastnorm.structure import Activation, read, redundant_biases
-from fastnorm.structure.read import double_norms
+from fastnorm.structure import Activation, double_norms, read, redundant_biases
 
 
 def seeded(seed=0):
@@ -503,7 +502,7 @@ def test_double_norms():
     model = nn.Sequential(
         nn.BatchNorm1d(4), nn.Identity(), nn.LayerNorm(4), nn.ReLU(), nn.LayerNorm(4)
     )
-    assert double_norms(model) == [("0", "2")]
+    assert double_norms(model) == [("0", "2", "")]
     assert double_norms(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())) == []
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastnorm.signals.layers import LayerSignal
-from fastnorm.structure import double_norms, read, redundant_biases
+from fastnorm.structure import NormPair, double_norms, read, redundant_biases
 
 FACTOR = 100.0
 """Across all layers; a sound initialization keeps the signal within about 10."""
@@ -203,17 +203,34 @@ def _gap(signals: Signals) -> Iterator[Finding]:
 
 def _structural(model: nn.Module) -> Iterator[Finding]:
     structure = read(model)
+    modules = dict(model.named_modules())
     for layer, norm in redundant_biases(model, structure):
+        own = getattr(modules[norm], "bias", None) is not None
         yield Finding(
             layer,
             "redundant bias",
             f"{norm} subtracts each channel's mean, and this bias with it",
-            "bias=False: the norm's own bias serves",
+            f"bias=False: {'the norm has one itself, which serves' if own else 'nothing is lost'}",
         )
-    for first, second in double_norms(model, structure):
-        yield Finding(
-            second,
-            "normalized twice",
-            f"Its input is the output of {first}, unchanged",
-            "drop one of the two",
+    for pair in double_norms(model, structure):
+        yield _twice(pair)
+
+
+def _twice(pair: NormPair) -> Finding:
+    """What two norms in a row come to, which may well be meant."""
+    evidence = f"No layer or activation is between it and {pair.first}"
+    remedy = "drop one of the two"
+    if pair.idle == pair.second:
+        evidence += (
+            ", whose output is normalized over the same values or parts of them: it only removes "
+            "what that one's weight and bias do to means and scales"
         )
+        remedy = f"drop {pair.second}"
+    elif pair.idle:
+        evidence += (
+            ", and it normalizes parts of the values that are one set there: but for its weight "
+            "and bias, that one has no effect"
+        )
+        remedy = f"drop {pair.first}"
+    remedy += ", unless both are meant or a checkpoint has both"
+    return Finding(pair.second, "normalized twice", evidence, remedy)
