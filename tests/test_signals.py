@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 import fastnorm
@@ -669,6 +670,52 @@ def test_table_plot_and_page(tmp_path):
     assert not re.search(r"https?:|href|<script|@import|url\(", text)
     assert "<p>None.</p>" in page
     assert all(layer.name in page for layer in seen.layers)
+
+
+def test_zeros_and_what_is_not_finite_are_shown(tmp_path, monkeypatch):
+    """On a logarithmic axis they have no place: crosses at its edges, each at its layer."""
+    model = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(8, 8), nn.ReLU())))
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    nn.init.constant_(model[4].weight[0, 0].detach(), math.inf)
+    seen = recorded(model, torch.randn(64, 8), loss=lambda y: y.nan_to_num(0, 0, 0).sum())
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: drawn.append(f) or save(f, *a, **k))
+    seen.plot(tmp_path / "a.png")
+    panels = [
+        {line.get_label(): line.get_xdata().tolist() for line in panel.lines[1:]}
+        for panel in drawn[0].axes
+    ]
+    assert panels[0] == {"0": [1], "not finite": [2, 3]}
+    assert 0 in panels[1]["0"]
+    curve = drawn[0].axes[0].lines[0].get_ydata()
+    assert math.isfinite(curve[0])
+    assert all(math.isnan(value) for value in curve[1:])
+    lines = {line.split()[0]: line.split() for line in seen.table().splitlines()[2:]}
+    assert lines["2"][2:4] == ["0", "0"]
+    assert lines["4"][2:4] == ["nan", "nan"]
+
+
+def test_what_was_not_seen_is_left_out(tmp_path, monkeypatch):
+    with torch.no_grad():
+        seen = recorded(nn.Linear(3, 3), torch.randn(4, 3))
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: drawn.append(f) or save(f, *a, **k))
+    seen.plot(tmp_path / "a.png")
+    assert [len(panel.lines) for panel in drawn[0].axes] == [1, 1]
+    assert "nan" not in seen.table()
+
+
+def test_the_page_s_words_are_to_the_left(tmp_path):
+    seen = recorded(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), torch.randn(64, 4))
+    seen.html(tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert '<td class="words">redundant bias</td>' in page
+    assert '<td class="words">Linear</td>' in page
+    assert "td.words { text-align: left;" in page
+    assert re.search(r"<td>[\d.]+</td>", page)
 
 
 def test_the_page_shows_findings(tmp_path):
