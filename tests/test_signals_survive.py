@@ -275,6 +275,28 @@ def test_an_input_that_was_changed_in_place():
     assert by_name(seen)["norm"].mean_gap == pytest.approx(100, rel=0.05)
 
 
+def test_packed_sequences():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.linear = nn.LSTM(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+            output, _ = self.lstm(packed)
+            return self.linear(nn.utils.rnn.pad_packed_sequence(output)[0])
+
+    model, x, lengths = Model(), torch.randn(5, 2, 4), torch.tensor([5, 3])
+    with signals.record(model) as seen:
+        model(x, lengths).square().sum().backward()
+    layers = by_name(seen)
+    assert list(layers) == ["lstm", "linear"]
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+    assert_moments(layers["lstm"], [model.lstm(packed)[0].data])
+    assert layers["lstm"].gradient_norm > 0
+    assert seen.findings() == []
+
+
 # Around the recording.
 
 
@@ -318,6 +340,26 @@ def test_a_compiled_model_is_recorded(how):
     call(x)
     assert len(runs) > 0
     torch._dynamo.reset()
+
+
+def test_a_model_compiled_in_parts_and_as_a_whole_is_recorded():
+    part = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), backend="eager")
+    model = torch.compile(nn.Sequential(part, nn.ReLU()), backend="eager")
+    with signals.record(model) as seen:
+        model(torch.randn(32, 4)).sum().backward()
+    assert list(by_name(seen)) == ["0._orig_mod.0", "0._orig_mod.1", "1"]
+    assert [f.problem for f in seen.findings()] == ["redundant bias"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_scripted_model_is_refused(how):
+    """Its modules run where no hook is called: a recording would be empty."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    scripted = torch.jit.script(model) if how == "script" else torch.jit.trace(model, torch.ones(4))
+    with pytest.raises(TypeError, match=r"torch\.jit.*record it as it was before"):
+        signals.record(scripted)
 
 
 @pytest.mark.parametrize("where", ["before", "inside"])

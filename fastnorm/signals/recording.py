@@ -50,7 +50,7 @@ def record(
         `html(path)`, to be asked for after the block.
 
     Raises:
-        TypeError: `model` is not a module, or `optimizer` not an optimizer.
+        TypeError: `model` is not a module, or one of torch.jit; `optimizer` is not an optimizer.
         ValueError: `sample` below 1.
 
     >>> import torch, fastnorm
@@ -82,7 +82,13 @@ class Signals:
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, but got {kind}")
         if sample < 1:
             raise ValueError(f"sample must be 1 or more, but got {sample}")
-        model = model._modules.get("_orig_mod") or model  # what torch.compile has wrapped
+        if isinstance(model, torch.jit.ScriptModule):
+            raise TypeError(
+                "model is scripted or traced by torch.jit, which calls no hooks of the modules "
+                "inside: record it as it was before"
+            )
+        if "_orig_mod" in model._modules:  # what torch.compile has wrapped
+            model = model.get_submodule("_orig_mod")
         self.model, self.optimizer, self.sample = model, optimizer, sample
         self.layers: list[LayerSignal] = []
         """In the order in which they were first called; filled at the end of the block."""
@@ -191,7 +197,9 @@ class Signals:
         self._handles.append(parameter.register_post_accumulate_grad_hook(seen))
 
     def _see(self, watch: Watch, module: nn.Module | None, input: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) and output else output
+        tensor = output
+        while isinstance(tensor, tuple) and tensor:  # a packed sequence begins with its data
+            tensor = tensor[0]
         with torch._C.DisableTorchFunction():  # our own sums are no part of the model
             if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and is_plain(tensor)):
                 return
