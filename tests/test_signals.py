@@ -356,6 +356,35 @@ def test_a_norm_cures_the_signal():
     assert recorded(deep(nn.Tanh, scale=0.1), torch.randn(256, 64)).findings() != []
 
 
+def test_queries_with_small_gradients_are_no_trend():
+    """As in BERT: the first two Linear layers of each block hardly matter to the loss."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.value, self.out, self.up, self.down = (
+                nn.Linear(32, 32) for _ in range(6)
+            )
+            self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+
+        def forward(self, x):
+            scores = 1e-4 * self.query(x) @ self.key(x).mT
+            x = self.norms[0](x + self.out(scores.softmax(-1) @ self.value(x)))
+            return self.norms[1](x + self.down(F.gelu(self.up(x))))
+
+    seen = recorded(nn.Sequential(*(Block() for _ in range(4))), torch.randn(8, 6, 32))
+    gradients = {layer.name: layer.gradient_norm for layer in seen.layers}
+    assert gradients["0.query"] < gradients["3.down"] / 1000
+    assert seen.findings() == []
+
+
+@pytest.mark.parametrize("jump", [3, 6, 9])
+def test_a_jump_is_a_trend(jump):
+    model = deep(nn.ReLU)
+    model[3 * jump].weight.data *= 1e4
+    assert found(recorded(model, torch.randn(256, 64)), "exploding signal")
+
+
 def test_gradients_alone_may_vanish():
     """Biases keep the signal alive where its weights do not: the default of torch.nn.Linear."""
     layers = [m for _ in range(12) for m in (nn.Linear(64, 64), nn.ReLU())]

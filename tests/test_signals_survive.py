@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -403,6 +404,29 @@ def test_recordings_within_recordings():
     assert by_name(inner)[""].calls == 1
     assert_moments(by_name(inner)[""], [model[0](2 * x)])
     assert hooks(model) == []
+
+
+def test_other_threads_are_left_alone():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()), torch.randn(8, 4)
+    want, failed = model(x).detach(), []
+
+    def work():
+        try:
+            for _ in range(20):
+                torch.testing.assert_close(F.relu(model(x)), F.relu(want))
+        except BaseException as error:
+            failed.append(error)
+
+    with signals.record(model) as seen:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            model(x).sum().backward()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    assert [(layer.name, layer.calls) for layer in seen.layers] == [("0", 20), ("1", 20), ("2", 20)]
 
 
 def test_a_copy_made_meanwhile_is_another_model():

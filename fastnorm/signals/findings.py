@@ -4,6 +4,7 @@ Each limit stands beside its reason. They are wide: a healthy model gives no fin
 """
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from fastnorm.structure import NormPair, double_norms, read, redundant_biases
 
 FACTOR = 100.0
 """Across all layers; a sound initialization keeps the signal within about 10."""
+TINY = 1e-300
 DEAD = 0.1
 SEEN = 64
 """Values of a unit before it is called dead: of those active 1 time in 10, 0.1 % look dead."""
@@ -110,6 +112,9 @@ def _trend(
         return
     ratio = last / first
     grows = ratio > 1
+    like = statistics.median(_repeated(layers, values) or [ratio])
+    if (like if grows else 1 / max(like, TINY)) < math.sqrt(FACTOR):
+        return
     where = next(
         layer
         for layer, value in zip(layers, values, strict=True)
@@ -127,6 +132,17 @@ def _trend(
         "or residual branches"
     )
     yield Finding(where.name, f"{'exploding' if grows else 'vanishing'} {what}", evidence, remedy)
+
+
+def _repeated(layers: Sequence[LayerSignal], values: list[float]) -> list[float]:
+    """From the first to the last layer of the same name but for numbers, the ratio of values.
+
+    Like with like: an attention's queries have smaller gradients than what follows, in every block.
+    """
+    found: dict[str, list[float]] = {}
+    for layer, value in zip(layers, values, strict=True):
+        found.setdefault(re.sub(r"\d+", "", layer.name), []).append(value)
+    return [same[-1] / same[0] for same in found.values() if len(same) > 1 and same[0]]
 
 
 def _middle(values: list[float]) -> float:
