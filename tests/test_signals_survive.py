@@ -151,6 +151,39 @@ def test_other_models_are_not_seen():
     assert list(by_name(seen)) == ["0", "1"]
 
 
+def test_layers_that_someone_has_written():
+    """As transformers' Conv1D and LlamaRMSNorm: parameters of their own, and no parts."""
+
+    class Dense(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(inputs, outputs) * inputs**-0.5)
+
+        def forward(self, x):
+            return F.gelu(x @ self.weight)
+
+    class Norm(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(size))
+
+        def forward(self, x):
+            return self.weight * x / x.square().mean(-1, keepdim=True).sqrt()
+
+    model, x = nn.Sequential(Dense(4, 6), Norm(6), Dense(6, 2)), torch.randn(8, 4)
+    with signals.record(model) as seen:
+        model(x).square().sum().backward()
+    layers = by_name(seen)
+    assert [layer.kind for layer in seen.layers] == ["gelu", "Dense", "Norm", "gelu", "Dense"]
+    assert [layers[name].weighted for name in "012"] == [True, False, True]
+    assert_moments(layers["1"], [model[:2](x)])
+    assert layers["0"].gradient_norm > 0
+    assert layers["0"].weight_gradient_norm == pytest.approx(
+        model[0].weight.grad.double().norm().item(), rel=1e-5
+    )
+    assert seen.findings() == []
+
+
 # Kinds of tensors.
 
 

@@ -34,12 +34,12 @@ def record(
     .. math:: \mathrm{mean}\,y_l,\ \mathrm{std}\,y_l,\ \|\partial L/\partial y_l\|,\
               \|W_l\|,\ \|\partial L/\partial W_l\|,\ \|\Delta W_l\| / \|W_l\|
 
-    for each layer, norm and activation l, those called as functions of torch in the model's forward
-    included. Everything is summed on the model's device as it passes; one transfer at the end of
-    the block brings the numbers. Hooks are removed there, also after an exception. The model's
-    results do not change, but for rounding where something was compiled, or a transformer in
-    evaluation took torch's fused path: in the block modules run one by one. Calls by other threads
-    are not recorded.
+    for each layer, norm and activation l: those called as functions of torch in the model's forward
+    included, and modules of your own with parameters and no parts. Everything is summed on the
+    model's device as it passes; one transfer at the end of the block brings the numbers. Hooks are
+    removed there, also after an exception. The model's results do not change, but for rounding
+    where something was compiled, or a transformer in evaluation took torch's fused path: in the
+    block modules run one by one. Calls by other threads are not recorded.
 
     Args:
         model: any module; several forward and backward passes in the block are merged.
@@ -158,7 +158,8 @@ class Signals:
 
     def _attach(self, watch: Watch, module: nn.Module) -> None:
         def enter(called: nn.Module, args: Any) -> None:
-            if called is module and self._concerned():  # not a copy, which has this hook too
+            # not a copy, which has this hook too
+            if called is module and not watch.open and self._concerned():
                 self._running.append(watch)
 
         def leave(called: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
