@@ -18,6 +18,7 @@ div.wide { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .75rem; text-align: right; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } th { font-weight: 600; }
+th.words, td.words { text-align: left; vertical-align: top; }
 img { width: 100%; background: #ffffff; border-radius: 8px; }
 """
 
@@ -37,10 +38,11 @@ def text(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[s
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> str:
     """The same in HTML."""
-    head = _row(columns, "th")
-    body = "".join(_row(row, "td") for row in rows)
+    words = [name in left for name in columns]
+    head = _row(columns, "th", words)
+    body = "".join(_row(row, "td", words) for row in rows)
     return f'<div class="wide"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
 
 
@@ -77,5 +79,13 @@ def page(title: str, lead: str, parts: Iterable[str]) -> str:
     )
 
 
-def _row(cells: Sequence[str], tag: str) -> str:
-    return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+def _row(cells: Sequence[str], tag: str, words: Sequence[bool]) -> str:
+    kinds = [' class="words"' if flush else "" for flush in words]
+    return (
+        "<tr>"
+        + "".join(
+            f"<{tag}{kind}>{html.escape(cell)}</{tag}>"
+            for cell, kind in zip(cells, kinds, strict=True)
+        )
+        + "</tr>"
+    )

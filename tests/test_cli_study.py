@@ -291,6 +291,28 @@ def test_what_was_seen_of_init():
     assert f"He (signal times {0.9**99:.0e}, gradient times {0.8**99:.0e})" in lost
 
 
+def test_the_picture_names_what_it_cannot_show(monkeypatch):
+    """Zero has no logarithm, and some curves are below the axis at every layer."""
+    schemes = [(activation, scheme) for activation in init.ACTIVATIONS for scheme in init.SCHEMES]
+    found = {key: seen(1.0, 1.0) for key in schemes}
+    found["tanh", "zero"][0].forward = found["tanh", "zero"][0].gradient = [0.0] * init.DEPTH
+    found["tanh", "constant"][0].gradient = [1e-18] * init.DEPTH
+    found["relu", "too large"] = seen(10.0, 10.0)  # leaves the picture, but begins in it
+    found["relu", "He"][0].forward = [math.nan] * init.DEPTH
+    drawn = []
+    monkeypatch.setattr(init, "png", lambda figure: drawn.append(figure) or b"")
+    init._plot(found)
+    words = [[text.get_text() for text in panel.texts] for panel in drawn[0].axes]
+    assert words == [
+        ["zero: 0 at every layer, not drawn"],
+        ["He: outside of the picture, or not finite, at every layer"],
+        ["zero: 0 at every layer, not drawn\nconstant: below 1e-12 at every layer, not drawn"],
+        [""],
+    ]
+    for panel in drawn[0].axes:
+        assert panel.get_ylim() == init.SHOWN
+
+
 def test_what_was_seen_of_normalization():
     def runs(reached, slope, stable=True):
         losses = [2.0 if stable else 9.0] * 20

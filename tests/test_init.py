@@ -11,8 +11,7 @@ from torch import nn
 import fastnorm
 from fastnorm import init
 from fastnorm.init import Fans, fans
-from fastnorm.structure import Activation, read, redundant_biases
-from fastnorm.structure.read import double_norms
+from fastnorm.structure import Activation, double_norms, read, redundant_biases
 
 
 def seeded(seed=0):
@@ -359,6 +358,82 @@ def test_frozen_parameters_are_kept():
     assert report["0"].reason == "frozen"
 
 
+def test_a_frozen_norm_keeps_the_averages_that_belong_to_its_weight():
+    """Of a pretrained body whose head is new."""
+    body = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()).requires_grad_(False)
+    model = nn.Sequential(body, nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False))
+    for tensor in [*model.parameters(), *model.buffers()]:
+        tensor.data.fill_(7)
+    report = init.initialize(model)
+    assert all((tensor == 7).all() for tensor in body.state_dict().values())
+    assert (report["0.1"].scheme, report["0.1"].reason) == ("kept", "frozen")
+    assert not model[1].running_mean.any()
+    assert not model[2].running_mean.any()
+
+
+def test_the_report_names_what_it_left_alone():
+    class Adapted(nn.Linear):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.low = nn.Parameter(torch.full((2, 4), 7.0))
+
+    class Scaled(nn.LSTM):
+        def __init__(self):
+            super().__init__(4, 4)
+            self.scale = nn.Parameter(torch.full((3,), 7.0))
+
+    class Gated(nn.MultiheadAttention):
+        def __init__(self):
+            super().__init__(4, 2)
+            self.gate = nn.Parameter(torch.full((3,), 7.0))
+
+    class Norm(nn.LayerNorm):
+        def __init__(self):
+            super().__init__(4)
+            self.shift = nn.Parameter(torch.full((4,), 7.0))
+
+    kinds = {"a": Adapted, "b": Scaled, "c": Gated, "d": Norm, "e": lambda: nn.Embedding(3, 4)}
+    model = nn.ModuleDict({name: kind() for name, kind in kinds.items()})
+    model["e"].extra = nn.Parameter(torch.full((2,), 7.0))
+    for name in ("a.bias", "b.bias_ih_l0", "c.in_proj_bias", "d.bias"):
+        nn.init.constant_(model.get_parameter(name), 7.0).requires_grad_(False)
+    report = init.initialize(model)
+    kept = {row.layer: row.reason for row in report if row.scheme == "kept"}
+    seven = {name for name, tensor in model.named_parameters() if (tensor == 7).all()}
+    assert set(kept) == seven - {"d.bias"}
+    assert kept["a.low"] == "no rule for a parameter of Adapted"
+    assert kept["b.bias_ih_l0"] == "frozen"
+    assert report["d"].reason == "weight 1, bias frozen"
+
+
+def test_an_activation_without_a_finite_slope():
+    model = mlp(nn.PReLU)
+    nn.init.constant_(model[1].weight, math.nan)
+    assert init.initialize(model)["0"].std == pytest.approx(math.sqrt(2 / 300))
+
+
+def test_frozen_parametrized_weights_and_biases():
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(30, 50))
+    nn.utils.parametrize.register_parametrization(layer, "bias", nn.Identity())
+    before = copy.deepcopy(layer.state_dict())
+    report = init.initialize(nn.Sequential(layer.requires_grad_(False)))
+    assert all(torch.equal(before[key], value) for key, value in layer.state_dict().items())
+    assert [(row.layer, row.reason) for row in report] == [("0", "frozen"), ("0.bias", "frozen")]
+    nn.utils.parametrize.remove_parametrizations(layer, "bias")
+    nn.utils.parametrize.register_parametrization(layer, "bias", Doubled())
+    init.initialize(nn.Sequential(layer.requires_grad_(True)))
+    assert not layer.bias.any()
+    assert not layer.parametrizations.bias.original.any()
+
+
+class Doubled(nn.Module):
+    def forward(self, value):
+        return 2 * value
+
+    def right_inverse(self, value):
+        return value / 2
+
+
 def test_parametrized_weights():
     model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(300, 500)), nn.ReLU())
     report = init.initialize(model, generator=seeded())
@@ -503,7 +578,7 @@ def test_double_norms():
     model = nn.Sequential(
         nn.BatchNorm1d(4), nn.Identity(), nn.LayerNorm(4), nn.ReLU(), nn.LayerNorm(4)
     )
-    assert double_norms(model) == [("0", "2")]
+    assert double_norms(model) == [("0", "2", "")]
     assert double_norms(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())) == []
 
 
@@ -600,6 +675,56 @@ def test_lsuv_says_where_a_scale_cannot_be_set():
     assert report["0"].std < 0.5
     assert report["0"].reason == "orthogonal; its parametrization sets the scale"
     assert report["1"].std == pytest.approx(1, rel=1e-4)
+
+
+def test_lsuv_under_autocast():
+    """Its copies of the weights in 16 bits are those after scaling."""
+    model, x = mlp(), torch.randn(64, 300, generator=seeded())
+    with torch.autocast("cpu", torch.bfloat16):
+        report = init.lsuv(model, 5 * x, generator=seeded())
+    # a bfloat16 has 8 bits, and a deviation is of thousands of outputs
+    assert report["0"].std == pytest.approx(1, abs=0.01)
+    assert report["2"].std == pytest.approx(1, abs=0.01)
+    assert model[0](5 * x).std(correction=0).item() == pytest.approx(1, abs=0.01)
+
+
+def test_lsuv_scales_what_the_layer_gives_whatever_hooks_make_of_it():
+    model, x = mlp(), torch.randn(64, 300, generator=seeded())
+    model[0].register_forward_hook(lambda module, args, output: 100 * output)
+    report = init.lsuv(model, x, generator=seeded())
+    assert report["0"].std == pytest.approx(1, abs=1e-4)
+    hidden = F.linear(x, model[0].weight)
+    assert hidden.std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert model(x).std(correction=0).item() == pytest.approx(1, abs=1e-4)
+
+
+def test_lsuv_of_a_compiled_model_runs_it_layer_by_layer():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    model, x = torch.compile(mlp(), backend=backend), torch.randn(64, 300, generator=seeded())
+    report = init.lsuv(model, x, generator=seeded())
+    assert graphs == []
+    assert report["_orig_mod.2"].std == pytest.approx(1, abs=1e-4)
+    assert model(x).std(correction=0).item() == pytest.approx(1, abs=1e-4)
+    assert len(graphs) == 1
+    torch._dynamo.reset()
+
+
+def test_lsuv_says_what_it_did_not_scale():
+    model = nn.ModuleDict({"a": Attention(), "l": nn.LSTM(8, 8), "u": nn.Linear(8, 8)})
+    model.forward = lambda x: model["l"](model["a"](x))[0]
+    report = init.lsuv(model, torch.randn(4, 5, 8))
+    part = ["a.attention.in_proj_weight", "a.attention.out_proj", "l.weight_ih_l0"]
+    for name in part:
+        assert report[name].reason.endswith("not scaled: a part of a larger layer")
+    assert report["u"].reason.endswith("not scaled: the batch never called it")
+    scaled = [row.layer for row in report if row.scheme == "lsuv"]
+    assert scaled == ["a.mlp.0", "a.mlp.2"]
 
 
 def test_lsuv_needs_values():

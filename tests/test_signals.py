@@ -6,6 +6,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
 import fastnorm
@@ -355,6 +356,35 @@ def test_a_norm_cures_the_signal():
     assert recorded(deep(nn.Tanh, scale=0.1), torch.randn(256, 64)).findings() != []
 
 
+def test_queries_with_small_gradients_are_no_trend():
+    """As in BERT: the first two Linear layers of each block hardly matter to the loss."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.query, self.key, self.value, self.out, self.up, self.down = (
+                nn.Linear(32, 32) for _ in range(6)
+            )
+            self.norms = nn.ModuleList(nn.LayerNorm(32) for _ in range(2))
+
+        def forward(self, x):
+            scores = 1e-4 * self.query(x) @ self.key(x).mT
+            x = self.norms[0](x + self.out(scores.softmax(-1) @ self.value(x)))
+            return self.norms[1](x + self.down(F.gelu(self.up(x))))
+
+    seen = recorded(nn.Sequential(*(Block() for _ in range(4))), torch.randn(8, 6, 32))
+    gradients = {layer.name: layer.gradient_norm for layer in seen.layers}
+    assert gradients["0.query"] < gradients["3.down"] / 1000
+    assert seen.findings() == []
+
+
+@pytest.mark.parametrize("jump", [3, 6, 9])
+def test_a_jump_is_a_trend(jump):
+    model = deep(nn.ReLU)
+    model[3 * jump].weight.data *= 1e4
+    assert found(recorded(model, torch.randn(256, 64)), "exploding signal")
+
+
 def test_gradients_alone_may_vanish():
     """Biases keep the signal alive where its weights do not: the default of torch.nn.Linear."""
     layers = [m for _ in range(12) for m in (nn.Linear(64, 64), nn.ReLU())]
@@ -669,6 +699,52 @@ def test_table_plot_and_page(tmp_path):
     assert not re.search(r"https?:|href|<script|@import|url\(", text)
     assert "<p>None.</p>" in page
     assert all(layer.name in page for layer in seen.layers)
+
+
+def test_zeros_and_what_is_not_finite_are_shown(tmp_path, monkeypatch):
+    """On a logarithmic axis they have no place: crosses at its edges, each at its layer."""
+    model = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(8, 8), nn.ReLU())))
+    nn.init.zeros_(model[2].weight)
+    nn.init.zeros_(model[2].bias)
+    nn.init.constant_(model[4].weight[0, 0].detach(), math.inf)
+    seen = recorded(model, torch.randn(64, 8), loss=lambda y: y.nan_to_num(0, 0, 0).sum())
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: drawn.append(f) or save(f, *a, **k))
+    seen.plot(tmp_path / "a.png")
+    panels = [
+        {line.get_label(): line.get_xdata().tolist() for line in panel.lines[1:]}
+        for panel in drawn[0].axes
+    ]
+    assert panels[0] == {"0": [1], "not finite": [2, 3]}
+    assert 0 in panels[1]["0"]
+    curve = drawn[0].axes[0].lines[0].get_ydata()
+    assert math.isfinite(curve[0])
+    assert all(math.isnan(value) for value in curve[1:])
+    lines = {line.split()[0]: line.split() for line in seen.table().splitlines()[2:]}
+    assert lines["2"][2:4] == ["0", "0"]
+    assert lines["4"][2:4] == ["nan", "nan"]
+
+
+def test_what_was_not_seen_is_left_out(tmp_path, monkeypatch):
+    with torch.no_grad():
+        seen = recorded(nn.Linear(3, 3), torch.randn(4, 3))
+    drawn = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda f, *a, **k: drawn.append(f) or save(f, *a, **k))
+    seen.plot(tmp_path / "a.png")
+    assert [len(panel.lines) for panel in drawn[0].axes] == [1, 1]
+    assert "nan" not in seen.table()
+
+
+def test_the_page_s_words_are_to_the_left(tmp_path):
+    seen = recorded(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), torch.randn(64, 4))
+    seen.html(tmp_path / "a.html")
+    page = (tmp_path / "a.html").read_text("utf-8")
+    assert '<td class="words">redundant bias</td>' in page
+    assert '<td class="words">Linear</td>' in page
+    assert "td.words { text-align: left;" in page
+    assert re.search(r"<td>[\d.]+</td>", page)
 
 
 def test_the_page_shows_findings(tmp_path):

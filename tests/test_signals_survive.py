@@ -2,6 +2,7 @@
 
 import copy
 import math
+import threading
 
 import pytest
 import torch
@@ -150,6 +151,39 @@ def test_other_models_are_not_seen():
     assert list(by_name(seen)) == ["0", "1"]
 
 
+def test_layers_that_someone_has_written():
+    """As transformers' Conv1D and LlamaRMSNorm: parameters of their own, and no parts."""
+
+    class Dense(nn.Module):
+        def __init__(self, inputs, outputs):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(inputs, outputs) * inputs**-0.5)
+
+        def forward(self, x):
+            return F.gelu(x @ self.weight)
+
+    class Norm(nn.Module):
+        def __init__(self, size):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(size))
+
+        def forward(self, x):
+            return self.weight * x / x.square().mean(-1, keepdim=True).sqrt()
+
+    model, x = nn.Sequential(Dense(4, 6), Norm(6), Dense(6, 2)), torch.randn(8, 4)
+    with signals.record(model) as seen:
+        model(x).square().sum().backward()
+    layers = by_name(seen)
+    assert [layer.kind for layer in seen.layers] == ["gelu", "Dense", "Norm", "gelu", "Dense"]
+    assert [layers[name].weighted for name in "012"] == [True, False, True]
+    assert_moments(layers["1"], [model[:2](x)])
+    assert layers["0"].gradient_norm > 0
+    assert layers["0"].weight_gradient_norm == pytest.approx(
+        model[0].weight.grad.double().norm().item(), rel=1e-5
+    )
+    assert seen.findings() == []
+
+
 # Kinds of tensors.
 
 
@@ -275,6 +309,28 @@ def test_an_input_that_was_changed_in_place():
     assert by_name(seen)["norm"].mean_gap == pytest.approx(100, rel=0.05)
 
 
+def test_packed_sequences():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lstm, self.linear = nn.LSTM(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x, lengths):
+            packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+            output, _ = self.lstm(packed)
+            return self.linear(nn.utils.rnn.pad_packed_sequence(output)[0])
+
+    model, x, lengths = Model(), torch.randn(5, 2, 4), torch.tensor([5, 3])
+    with signals.record(model) as seen:
+        model(x, lengths).square().sum().backward()
+    layers = by_name(seen)
+    assert list(layers) == ["lstm", "linear"]
+    packed = nn.utils.rnn.pack_padded_sequence(x, lengths)
+    assert_moments(layers["lstm"], [model.lstm(packed)[0].data])
+    assert layers["lstm"].gradient_norm > 0
+    assert seen.findings() == []
+
+
 # Around the recording.
 
 
@@ -320,6 +376,26 @@ def test_a_compiled_model_is_recorded(how):
     torch._dynamo.reset()
 
 
+def test_a_model_compiled_in_parts_and_as_a_whole_is_recorded():
+    part = torch.compile(nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4)), backend="eager")
+    model = torch.compile(nn.Sequential(part, nn.ReLU()), backend="eager")
+    with signals.record(model) as seen:
+        model(torch.randn(32, 4)).sum().backward()
+    assert list(by_name(seen)) == ["0._orig_mod.0", "0._orig_mod.1", "1"]
+    assert [f.problem for f in seen.findings()] == ["redundant bias"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("how", ["script", "trace"])
+def test_a_scripted_model_is_refused(how):
+    """Its modules run where no hook is called: a recording would be empty."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    scripted = torch.jit.script(model) if how == "script" else torch.jit.trace(model, torch.ones(4))
+    with pytest.raises(TypeError, match=r"torch\.jit.*record it as it was before"):
+        signals.record(scripted)
+
+
 @pytest.mark.parametrize("where", ["before", "inside"])
 def test_a_forward_that_fails_and_is_caught(where):
     """What runs afterwards is seen as ever."""
@@ -361,6 +437,29 @@ def test_recordings_within_recordings():
     assert by_name(inner)[""].calls == 1
     assert_moments(by_name(inner)[""], [model[0](2 * x)])
     assert hooks(model) == []
+
+
+def test_other_threads_are_left_alone():
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh()), torch.randn(8, 4)
+    want, failed = model(x).detach(), []
+
+    def work():
+        try:
+            for _ in range(20):
+                torch.testing.assert_close(F.relu(model(x)), F.relu(want))
+        except BaseException as error:
+            failed.append(error)
+
+    with signals.record(model) as seen:
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for _ in range(20):
+            model(x).sum().backward()
+        for thread in threads:
+            thread.join()
+    assert failed == []
+    assert [(layer.name, layer.calls) for layer in seen.layers] == [("0", 20), ("1", 20), ("2", 20)]
 
 
 def test_a_copy_made_meanwhile_is_another_model():

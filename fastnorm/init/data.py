@@ -1,6 +1,7 @@
 """lsuv: the scale of every layer from a batch of data."""
 
 import math
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -28,7 +29,8 @@ def lsuv(
 
     with x_l from the layers before, which have been scaled already. Biases are 0, so that one
     division is exact and one forward pass serves all layers. The pass runs in the model's mode but
-    for dropout, which is off; buffers are as fresh as `initialize` leaves them.
+    for dropout, which is off; buffers are as fresh as `initialize` leaves them. Weights within
+    attention and recurrent layers stay orthogonal, which the report says.
 
     Args:
         batch: the model's input, or a sequence of its arguments, or a mapping of them by name.
@@ -64,16 +66,21 @@ def lsuv(
         rows = {row.layer: row for row in initialize(model, "orthogonal", generator=generator)}
         scaler = _Scaler(rows)
         with ExitStack() as stack, torch.no_grad():
+            if "torch._dynamo" in sys.modules:  # a graph would hold weights of before
+                stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_without_dropout(model))
             stack.enter_context(_buffers_kept(model))
             for name, module in model.named_modules():
                 if isinstance(module, SCALED) and name in rows:
                     stack.callback(scaler.watch(name, module).remove)
             model(*arguments, **named)
-    for name, module in model.named_modules():
-        row = rows.get(name)
-        if isinstance(module, SCALED) and row is not None and row.scheme == "orthogonal":
-            rows[name] = replace(row, reason=f"{row.reason}; not scaled: the batch never called it")
+    modules = dict(model.named_modules())
+    for name, row in rows.items():
+        if row.scheme == "orthogonal":
+            alone = not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
+            whole = alone and isinstance(modules.get(name), SCALED)
+            why = "the batch never called it" if whole else "a part of a larger layer"
+            rows[name] = replace(row, reason=f"{row.reason}; not scaled: {why}")
     return InitReport(list(rows.values()))
 
 
@@ -95,6 +102,7 @@ class _Scaler:
                     "this batch: its variance cannot become 1"
                 )
             module.weight = _divided(module, std)
+            torch.clear_autocast_cache()  # a 16-bit copy of the weight as it was
             scaled: Tensor = module.forward(*args, **kwargs)
             reason, after = (
                 f"orthogonal, divided by {std:.4g}, the deviation of its output",
@@ -105,7 +113,8 @@ class _Scaler:
             self.rows[name] = Initialized(name, "lsuv", row.fan, after, reason)
             return scaled
 
-        return module.register_forward_hook(scale, with_kwargs=True)
+        # before hooks of others: they see the output that is theirs afterwards, too
+        return module.register_forward_hook(scale, with_kwargs=True, prepend=True)
 
 
 def _divided(module: Any, std: float) -> Any:

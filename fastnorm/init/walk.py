@@ -1,7 +1,7 @@
 """Walk: one pass over a model's modules, with the rule of each kind of layer."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,29 +96,40 @@ class Walk:
     def _layer(self, name: str, module: Any) -> None:
         guessed = ", by the order of the modules" if name in self.structure.guessed else ""
         how = rule(self.scheme, self.structure.following.get(name), guessed)
-        self._bias(module)
         if parametrize.is_parametrized(module, "weight"):
             self._parametrized(name, module, how)
         elif self._mine(name, module, "weight"):
             groups = getattr(module, "groups", 1)
             drawn = how.draw(module.weight, fans(module), self.generator, groups)
             self.rows.append(Initialized(name, *drawn, how.reason))
+        bias, row = module.bias, _join(name, "bias")
+        if parametrize.is_parametrized(module, "bias"):
+            self._assigned(row, module, "bias", torch.zeros_like(bias))
+        elif bias is not None:
+            self._zero(row, bias)
+        self._others(name, module)
 
     def _parametrized(self, name: str, module: Any, how: Rule) -> None:
-        """A computed weight is assigned, which torch inverts to the parameters behind it."""
         weight = torch.empty_like(module.weight)
         drawn = how.draw(weight, fans(module), self.generator, getattr(module, "groups", 1))
+        if self._assigned(name, module, "weight", weight):
+            reason = f"{how.reason}; through its parametrization"
+            self.rows.append(Initialized(name, *drawn, reason))
+
+    def _assigned(self, row: str, module: Any, part: str, value: Tensor) -> bool:
+        """Assign a computed parameter, which torch inverts to the parameters behind it."""
+        if not any(p.requires_grad for p in module.parametrizations[part].parameters()):
+            self._kept(row, "frozen")
+            return False
         try:
-            module.weight = weight
+            setattr(module, part, value)
         except (NotImplementedError, RuntimeError):
-            reason = "its parametrization has no inverse"
-            self.rows.append(Initialized(name, "kept", math.nan, math.nan, reason))
-        else:
-            self.rows.append(
-                Initialized(name, *drawn, f"{how.reason}; through its parametrization")
-            )
+            self._kept(row, "its parametrization has no inverse")
+            return False
+        return True
 
     def _embedding(self, name: str, module: Any) -> None:
+        self._others(name, module)
         if not self._mine(name, module, "weight"):
             return
         weight, padding = module.weight, module.padding_idx
@@ -131,14 +142,23 @@ class Walk:
         self.rows.append(Initialized(name, "normal", 1.0, 1.0, reason))
 
     def _norm(self, name: str, module: Any) -> None:
-        if hasattr(module, "reset_running_stats"):
-            module.reset_running_stats()
-        for part, value in (("weight", 1.0), ("bias", 0.0)):
-            parameter = module._parameters.get(part)
-            if parameter is not None and parameter.requires_grad:
-                parameter.fill_(value)
-        if any(parameter is not None for parameter in module._parameters.values()):
-            self.rows.append(Initialized(name, "norm", math.nan, math.nan, "weight 1, bias 0"))
+        own = {part: module._parameters.get(part) for part in ("weight", "bias")}
+        found = [parameter for parameter in own.values() if parameter is not None]
+        if found and not any(parameter.requires_grad for parameter in found):
+            self._kept(name, "frozen")  # with the averages that belong to these weights
+        else:
+            if hasattr(module, "reset_running_stats"):
+                module.reset_running_stats()
+            done = []
+            for (part, parameter), value in zip(own.items(), (1, 0), strict=True):
+                if parameter is not None and parameter.requires_grad:
+                    parameter.fill_(value)
+                    done.append(f"{part} {value}")
+                elif parameter is not None:
+                    done.append(f"{part} frozen")
+            if done:
+                self.rows.append(Initialized(name, "norm", math.nan, math.nan, ", ".join(done)))
+        self._others(name, module)
 
     def _recurrent(self, name: str, module: Any) -> None:
         """Input weights gate by gate; recurrent ones orthogonal, which keeps the state's norm."""
@@ -152,8 +172,10 @@ class Walk:
         for part, parameter in module._parameters.items():
             if parameter is None:
                 continue
-            if part.startswith("bias"):
-                self._zero(parameter)
+            if part.startswith("bias_"):
+                self._zero(_join(name, part), parameter)
+            elif not part.startswith("weight_"):
+                self._unknown(name, module, {part: parameter})
             elif self._mine(name, module, part):
                 gates = 1 if part.startswith("weight_hr") else kind
                 chosen = recurrent if part.startswith("weight_hh") else how
@@ -166,8 +188,8 @@ class Walk:
             if parameter is None:
                 continue
             if part == "in_proj_bias":
-                self._zero(parameter)
-            elif part.startswith("bias_"):
+                self._zero(_join(name, part), parameter)
+            elif not part.endswith("proj_weight"):
                 self._unknown(name, module, {part: parameter})
             elif self._mine(name, module, part):
                 blocks = parameter.chunk(3 if part == "in_proj_weight" else 1)
@@ -178,13 +200,22 @@ class Walk:
             drawn = how.draw(block, fans_of_shape(block), self.generator)
         self.rows.append(Initialized(name, *drawn, how.reason))
 
+    def _others(self, name: str, module: nn.Module) -> None:
+        """What a subclass has besides weight and bias."""
+        known = ("weight", "bias")
+        rest = {part: p for part, p in module._parameters.items() if part not in known}
+        self._unknown(name, module, rest)
+
     def _unknown(
-        self, name: str, module: nn.Module, parameters: dict[str, nn.Parameter | None]
+        self, name: str, module: nn.Module, parameters: Mapping[str, nn.Parameter | None]
     ) -> None:
         for part, parameter in parameters.items():
             if parameter is not None:
                 reason = f"no rule for a parameter of {type(module).__name__}"
-                self.rows.append(Initialized(_join(name, part), "kept", math.nan, math.nan, reason))
+                self._kept(_join(name, part), reason)
+
+    def _kept(self, row: str, reason: str) -> None:
+        self.rows.append(Initialized(row, "kept", math.nan, math.nan, reason))
 
     def _mine(self, name: str, module: nn.Module, part: str) -> bool:
         """Whether this module's rule draws the parameter; if not, the report gets the reason."""
@@ -202,17 +233,14 @@ class Walk:
             return False
         else:
             return True
-        self.rows.append(Initialized(row, "kept", math.nan, math.nan, reason))
+        self._kept(row, reason)
         return False
 
-    def _bias(self, module: Any) -> None:
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, Tensor):
-            self._zero(bias)
-
-    def _zero(self, parameter: Tensor) -> None:
-        if parameter.requires_grad:
-            parameter.zero_()
+    def _zero(self, row: str, bias: Tensor) -> None:
+        if bias.requires_grad:
+            bias.zero_()
+        elif isinstance(bias, nn.Parameter):
+            self._kept(row, "frozen")
 
 
 def _owners(model: nn.Module) -> dict[int, str]:

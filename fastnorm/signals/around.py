@@ -1,4 +1,5 @@
-"""What holds while a recording runs: functions are seen, and every module is called."""
+"""What a recording starts with, and what holds while it runs: functions are seen, and every module
+is called."""
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -7,9 +8,29 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.overrides import TorchFunctionMode
 
 from fastnorm.structure import activations
+
+
+def checked(model: object, optimizer: object, sample: int) -> nn.Module:
+    """The arguments of `record` as it takes them: the model that torch.compile has wrapped."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
+    if optimizer is not None and not isinstance(optimizer, Optimizer):
+        kind = type(optimizer).__name__
+        raise TypeError(f"optimizer must be a torch.optim.Optimizer, but got {kind}")
+    if sample < 1:
+        raise ValueError(f"sample must be 1 or more, but got {sample}")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise TypeError(
+            "model is scripted or traced by torch.jit, which calls no hooks of the modules "
+            "inside: record it as it was before"
+        )
+    if "_orig_mod" in model._modules:  # what torch.compile has wrapped
+        model = model.get_submodule("_orig_mod")
+    return model
 
 
 class Functions(TorchFunctionMode):

@@ -4,6 +4,7 @@ Each limit stands beside its reason. They are wide: a healthy model gives no fin
 """
 
 import math
+import re
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,10 +12,11 @@ from dataclasses import dataclass
 from torch import nn
 
 from fastnorm.signals.layers import LayerSignal
-from fastnorm.structure import double_norms, read, redundant_biases
+from fastnorm.structure import NormPair, double_norms, read, redundant_biases
 
 FACTOR = 100.0
 """Across all layers; a sound initialization keeps the signal within about 10."""
+TINY = 1e-300
 DEAD = 0.1
 SEEN = 64
 """Values of a unit before it is called dead: of those active 1 time in 10, 0.1 % look dead."""
@@ -110,6 +112,9 @@ def _trend(
         return
     ratio = last / first
     grows = ratio > 1
+    like = statistics.median(_repeated(layers, values) or [ratio])
+    if (like if grows else 1 / max(like, TINY)) < math.sqrt(FACTOR):
+        return
     where = next(
         layer
         for layer, value in zip(layers, values, strict=True)
@@ -127,6 +132,17 @@ def _trend(
         "or residual branches"
     )
     yield Finding(where.name, f"{'exploding' if grows else 'vanishing'} {what}", evidence, remedy)
+
+
+def _repeated(layers: Sequence[LayerSignal], values: list[float]) -> list[float]:
+    """From the first to the last layer of the same name but for numbers, the ratio of values.
+
+    Like with like: an attention's queries have smaller gradients than what follows, in every block.
+    """
+    found: dict[str, list[float]] = {}
+    for layer, value in zip(layers, values, strict=True):
+        found.setdefault(re.sub(r"\d+", "", layer.name), []).append(value)
+    return [same[-1] / same[0] for same in found.values() if len(same) > 1 and same[0]]
 
 
 def _middle(values: list[float]) -> float:
@@ -203,17 +219,34 @@ def _gap(signals: Signals) -> Iterator[Finding]:
 
 def _structural(model: nn.Module) -> Iterator[Finding]:
     structure = read(model)
+    modules = dict(model.named_modules())
     for layer, norm in redundant_biases(model, structure):
+        own = getattr(modules[norm], "bias", None) is not None
         yield Finding(
             layer,
             "redundant bias",
             f"{norm} subtracts each channel's mean, and this bias with it",
-            "bias=False: the norm's own bias serves",
+            f"bias=False: {'the norm has one itself, which serves' if own else 'nothing is lost'}",
         )
-    for first, second in double_norms(model, structure):
-        yield Finding(
-            second,
-            "normalized twice",
-            f"Its input is the output of {first}, unchanged",
-            "drop one of the two",
+    for pair in double_norms(model, structure):
+        yield _twice(pair)
+
+
+def _twice(pair: NormPair) -> Finding:
+    """What two norms in a row come to, which may well be meant."""
+    evidence = f"No layer or activation is between it and {pair.first}"
+    remedy = "drop one of the two"
+    if pair.idle == pair.second:
+        evidence += (
+            ", whose output is normalized over the same values or parts of them: it only removes "
+            "what that one's weight and bias do to means and scales"
         )
+        remedy = f"drop {pair.second}"
+    elif pair.idle:
+        evidence += (
+            ", and it normalizes parts of the values that are one set there: but for its weight "
+            "and bias, that one has no effect"
+        )
+        remedy = f"drop {pair.first}"
+    remedy += ", unless both are meant or a checkpoint has both"
+    return Finding(pair.second, "normalized twice", evidence, remedy)

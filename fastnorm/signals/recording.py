@@ -1,6 +1,7 @@
 """record: hooks on every layer of a model, there while a block runs."""
 
 import math
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -13,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from fastnorm.signals import shown
-from fastnorm.signals.around import Functions, module_by_module
+from fastnorm.signals.around import Functions, checked, module_by_module
 from fastnorm.signals.findings import Finding, find
 from fastnorm.signals.layers import LayerSignal
 from fastnorm.signals.moments import First, number
@@ -33,11 +34,12 @@ def record(
     .. math:: \mathrm{mean}\,y_l,\ \mathrm{std}\,y_l,\ \|\partial L/\partial y_l\|,\
               \|W_l\|,\ \|\partial L/\partial W_l\|,\ \|\Delta W_l\| / \|W_l\|
 
-    for each layer, norm and activation l, those called as functions of torch in the model's forward
-    included. Everything is summed on the model's device as it passes; one transfer at the end of
-    the block brings the numbers. Hooks are removed there, also after an exception. The model's
-    results do not change, but for rounding where something was compiled, or a transformer in
-    evaluation took torch's fused path: in the block modules run one by one.
+    for each layer, norm and activation l: those called as functions of torch in the model's forward
+    included, and modules of your own with parameters and no parts. Everything is summed on the
+    model's device as it passes; one transfer at the end of the block brings the numbers. Hooks are
+    removed there, also after an exception. The model's results do not change, but for rounding
+    where something was compiled, or a transformer in evaluation took torch's fused path: in the
+    block modules run one by one. Calls by other threads are not recorded.
 
     Args:
         model: any module; several forward and backward passes in the block are merged.
@@ -50,7 +52,7 @@ def record(
         `html(path)`, to be asked for after the block.
 
     Raises:
-        TypeError: `model` is not a module, or `optimizer` not an optimizer.
+        TypeError: `model` is not a module, or one of torch.jit; `optimizer` is not an optimizer.
         ValueError: `sample` below 1.
 
     >>> import torch, fastnorm
@@ -75,14 +77,7 @@ class Signals:
     """
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, sample: int) -> None:
-        if not isinstance(model, nn.Module):
-            raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
-        if optimizer is not None and not isinstance(optimizer, Optimizer):
-            kind = type(optimizer).__name__
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, but got {kind}")
-        if sample < 1:
-            raise ValueError(f"sample must be 1 or more, but got {sample}")
-        model = model._modules.get("_orig_mod") or model  # what torch.compile has wrapped
+        model = checked(model, optimizer, sample)
         self.model, self.optimizer, self.sample = model, optimizer, sample
         self.layers: list[LayerSignal] = []
         """In the order in which they were first called; filled at the end of the block."""
@@ -97,6 +92,7 @@ class Signals:
         self._event = 0
         self._inputs = First()
         self._depth = 0  # calls of the model that are running
+        self._thread = 0  # others run as if nothing was
         self._running: list[Watch] = []  # layers that are running: their own functions are not seen
         self._last: str | None = (
             None  # the layer called last; whether its units are on the last axis
@@ -124,6 +120,7 @@ class Signals:
         if self._handles:
             raise RuntimeError("this recording runs already; call record() again for another")
         self._watches, self.layers, self._last = {}, [], None
+        self._thread = threading.get_ident()
         self._inputs, self.input_failed = First(), math.inf
         try:
             self._attach_all()
@@ -161,11 +158,12 @@ class Signals:
 
     def _attach(self, watch: Watch, module: nn.Module) -> None:
         def enter(called: nn.Module, args: Any) -> None:
-            if called is module:  # not a copy, which has this hook too
+            # not a copy, which has this hook too
+            if called is module and not watch.open and self._concerned():
                 self._running.append(watch)
 
         def leave(called: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            if called is module and self._handles:
+            if called is module and self._handles and self._concerned():
                 if watch in self._running:  # else another hook refused the call
                     del self._running[self._running.index(watch) :]
                 input = args[0] if args else kwargs.get("input")
@@ -191,7 +189,9 @@ class Signals:
         self._handles.append(parameter.register_post_accumulate_grad_hook(seen))
 
     def _see(self, watch: Watch, module: nn.Module | None, input: Any, output: Any) -> None:
-        tensor = output[0] if isinstance(output, tuple) and output else output
+        tensor = output
+        while isinstance(tensor, tuple) and tensor:  # a packed sequence begins with its data
+            tensor = tensor[0]
         with torch._C.DisableTorchFunction():  # our own sums are no part of the model
             if not (isinstance(tensor, Tensor) and tensor.is_floating_point() and is_plain(tensor)):
                 return
@@ -240,19 +240,24 @@ class Signals:
     def _attach_model(self) -> None:
         # closures: with methods a copy of the model would hold a copy of the recording
         def enter(called: nn.Module, args: Any, kwargs: Any) -> None:
-            if called is self.model:
+            if called is self.model and threading.get_ident() == self._thread:
                 self._depth += 1
                 self._see_functions(True)
                 if torch._C._current_graph_task_id() < 0:
                     self._see_input((args, kwargs))
 
         def leave(called: nn.Module, args: Any, output: Any) -> None:
-            if called is self.model:
+            if called is self.model and threading.get_ident() == self._thread:
                 self._depth = max(0, self._depth - 1)
                 self._see_functions(self._depth > 0)
 
         self._handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(leave, always_call=True))
+
+    def _concerned(self) -> bool:
+        """Whether this thread is the recording's, or one in which its backward pass runs."""
+        mine = threading.get_ident() == self._thread
+        return mine or torch._C._current_graph_task_id() >= 0
 
     def _see_functions(self, on: bool) -> None:
         """From the start, in case that the model's parts alone are called; then within its calls.

@@ -1,11 +1,12 @@
 """Watch: the hooks on one layer, and what they add up."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from fastnorm.signals.gaps import BatchNormGap
 from fastnorm.signals.layers import LayerSignal
@@ -38,13 +39,24 @@ class Kind(NamedTuple):
     None: as in the layer before."""
     weighted: bool
     batch_norm: bool
+    open: bool = False
+    """Whether the functions that it calls are seen, too."""
 
 
 def kind(module: nn.Module) -> Kind:
     of = type(module)
     if of not in _KINDS:
         _KINDS[of] = _kind(of)
-    return _KINDS[of]
+    known = _KINDS[of]
+    own = not (known.watched or module._modules) and module._parameters
+    return _own(module._parameters) if own else known
+
+
+def _own(parameters: Mapping[str, nn.Parameter | None]) -> Kind:
+    """Of a layer that someone has written, with parameters and no parts."""
+    weight = parameters.get("weight")
+    matrix = weight is not None and not isinstance(weight, UninitializedParameter)
+    return Kind(True, None, bool(matrix and weight is not None and weight.dim() > 1), False, True)
 
 
 def _kind(of: type[nn.Module]) -> Kind:
@@ -69,9 +81,9 @@ class Watch:
     def __init__(self, name: str, module: nn.Module | None, activation: Activation | None) -> None:
         self.name, self.module = name, module
         self.kind = str(activation) if module is None else type(module).__name__
-        self.units_last, self.weighted, self.batch_norm = None, False, None
+        self.units_last, self.weighted, self.batch_norm, self.open = None, False, None, False
         if module is not None:
-            _, self.units_last, self.weighted, batch_norm = kind(module)
+            _, self.units_last, self.weighted, batch_norm, self.open = kind(module)
             self.batch_norm = BatchNormGap(module) if batch_norm else None
         self.bounds = _bounds(module, activation)
         self.dying = activation is not None and activation.name in DYING

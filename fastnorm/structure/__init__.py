@@ -5,6 +5,15 @@ were defined, where only neighbours in an `nn.Sequential` are certain.
 """
 
 from fastnorm.structure.activations import Activation
-from fastnorm.structure.read import Branch, Structure, double_norms, read, redundant_biases
+from fastnorm.structure.pairs import NormPair, double_norms, redundant_biases
+from fastnorm.structure.read import Branch, Structure, read
 
-__all__ = ["Activation", "Branch", "Structure", "double_norms", "read", "redundant_biases"]
+__all__ = [
+    "Activation",
+    "Branch",
+    "NormPair",
+    "Structure",
+    "double_norms",
+    "read",
+    "redundant_biases",
+]

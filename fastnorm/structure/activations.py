@@ -1,5 +1,6 @@
 """Activations by name, however a model writes them: a module, a function, a method, our keyword."""
 
+import math
 from dataclasses import dataclass
 
 from torch import nn
@@ -75,7 +76,7 @@ def of_module(module: nn.Module) -> Activation | None:
         slope = (module.lower + module.upper) / 2
     elif isinstance(module, nn.PReLU) and not module.weight.is_meta:
         slope = float(module.weight.detach().float().mean())
-    return Activation(name, slope)
+    return Activation(name, slope if math.isfinite(slope) else 0.0)
 
 
 def of_function(target: object, slope: object = None) -> Activation | None:

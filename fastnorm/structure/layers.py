@@ -27,10 +27,12 @@ POOLS = (
     nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._AdaptiveMaxPoolNd, nn.Upsample,
 )  # fmt: skip
 
-VIEW_FUNCTIONS = frozenset((
+COPY_FUNCTIONS = frozenset((
+    "contiguous", "clone", "to", "float", "half", "bfloat16", "double", "type",
+))  # fmt: skip
+VIEW_FUNCTIONS = COPY_FUNCTIONS | frozenset((
     "flatten", "unflatten", "reshape", "view", "permute", "transpose", "swapaxes", "movedim",
-    "contiguous", "squeeze", "unsqueeze", "t", "clone", "to", "float", "half", "bfloat16",
-    "double", "type",
+    "squeeze", "unsqueeze", "t",
 ))  # fmt: skip
 PASSING_FUNCTIONS = VIEW_FUNCTIONS | frozenset((
     "dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "max_pool1d",
@@ -45,6 +47,14 @@ def fused_parts(module: nn.Module) -> tuple[str, str] | None:
     if isinstance(module, LinearBatchNorm):
         return "linear", "norm"
     return ("conv", "norm") if isinstance(module, _ConvBatchNorm) else None
+
+
+def wrapped(module: nn.Module) -> str:
+    """The child that `module` calls with what it is given, itself nothing else; "" for none."""
+    if "_orig_mod" in module._modules:  # torch.compile's
+        return "_orig_mod"
+    parallel = (nn.DataParallel, nn.parallel.DistributedDataParallel)
+    return "module" if isinstance(module, parallel) else ""
 
 
 def adds_first(module: nn.Module) -> bool:

@@ -1,5 +1,6 @@
 """Structure: the facts about a model that initialization and findings ask for."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from torch import fx, nn
@@ -24,7 +25,10 @@ class Structure:
     following: dict[str, Activation | None] = field(default_factory=dict)
     """By layer: the activation that its output meets first, past norms, sums, views and pooling."""
     straight: dict[str, str] = field(default_factory=dict)
-    """By layer or norm: the norm that takes its output, with nothing but views between."""
+    """By layer or norm: the norm that takes its output, at every call, with nothing but views
+    between."""
+    reshaped: set[str] = field(default_factory=set)
+    """Those of `straight` with a view between that may move values to other axes."""
     branches: list[Branch] = field(default_factory=list)
     guessed: set[str] = field(default_factory=set)
     """Layers whose following activation is read from the order of the modules alone."""
@@ -38,13 +42,21 @@ class Structure:
         A ResNet's block adds one branch, a transformer's two, or three with cross-attention. A
         longer forward, and the model's own, is a loop over layers: a block at each sum.
         """
-        owners = [branch.block for branch in self.branches]
-        counts = {owner: owners.count(owner) for owner in owners}
-        return sum(1 if owner and count <= 3 else count for owner, count in counts.items())
+        ends: dict[str, list[str]] = {}
+        for branch in self.branches:
+            ends.setdefault(branch.block, []).append(branch.end)
+        blocks = 0
+        for owner, found in ends.items():
+            calls = found.count(found[0])  # of a block that stands in several places
+            blocks += calls if owner and len(found) <= 3 * calls else len(found)
+        return blocks
 
 
 def read(model: nn.Module) -> Structure:
     """What follows what in `model`; nothing runs but its forward, on placeholders."""
+    prefix = layers.wrapped(model)
+    if prefix:
+        return _renamed(read(model._modules[prefix]), prefix)  # type: ignore[arg-type]
     structure = Structure()
     try:
         graph = trace(model)
@@ -57,50 +69,44 @@ def read(model: nn.Module) -> Structure:
     return structure
 
 
-def redundant_biases(model: nn.Module, structure: Structure | None = None) -> list[tuple[str, str]]:
-    """(layer, norm) wherever a layer has a bias and the norm after it removes it again.
+def _renamed(inner: Structure, prefix: str) -> Structure:
+    """The same of a model that has this one inside, as its child `prefix`."""
 
-    BatchNorm and InstanceNorm subtract each channel's mean, and with it the bias; β serves instead.
-    """
-    facts = structure or read(model)
-    modules = dict(model.named_modules())
-    return [
-        (layer, norm)
-        for layer, norm in facts.straight.items()
-        if isinstance(modules[norm], layers.PER_CHANNEL_NORMS)
-        and isinstance(getattr(modules[layer], "bias", None), nn.Parameter)
-        and isinstance(modules[layer], layers.LAYERS)
-    ]
+    def name(of: str) -> str:
+        return _join(prefix, of)
 
-
-def double_norms(model: nn.Module, structure: Structure | None = None) -> list[tuple[str, str]]:
-    """(norm, norm) wherever a norm's output is normalized again at once."""
-    facts = structure or read(model)
-    modules = dict(model.named_modules())
-    return [
-        (first, second)
-        for first, second in facts.straight.items()
-        if isinstance(modules[first], layers.NORMS)
-    ]
+    return Structure(
+        {name(layer): activation for layer, activation in inner.following.items()},
+        {name(layer): name(norm) for layer, norm in inner.straight.items()},
+        set(map(name, inner.reshaped)),
+        [Branch(name(branch.end), name(branch.block)) for branch in inner.branches],
+        set(map(name, inner.guessed)),
+        inner.untraced,
+    )
 
 
 def _from_graph(reader: Reader, structure: Structure, lone: bool) -> None:
+    met: dict[str, list[str | None]] = {}  # by layer: the norm after each of its calls
     for node in reader.nodes:
         name = "" if lone else str(node.target)
         module = reader.module(node)
         parts = layers.fused_parts(module) if module is not None else None
         if module is not None and parts is not None:
-            _fused(name, module, parts, structure)
+            _fused(name, module, structure)
         elif reader.is_layer(node):
             structure.following.setdefault(name, _following(reader, node))
         if reader.is_layer(node) or reader.is_norm(node):
-            norm = _straight(reader, node)
-            if norm is not None:
-                source = _join(name, parts[1]) if parts else name
-                structure.straight.setdefault(source, norm)
+            norm, reshaped = _straight(reader, node)
+            source = _join(name, parts[1]) if parts else name
+            met.setdefault(source, []).append(norm)
+            if reshaped:
+                structure.reshaped.add(source)
         branch = _branch(reader, node)
         if branch is not None:
             structure.branches.append(branch)
+    for source, (norm, *others) in met.items():
+        if norm is not None and all(other == norm for other in others):
+            structure.straight[source] = norm
 
 
 def _following(reader: Reader, node: fx.Node) -> Activation | None:
@@ -117,21 +123,26 @@ def _following(reader: Reader, node: fx.Node) -> Activation | None:
     return None
 
 
-def _straight(reader: Reader, node: fx.Node) -> str | None:
-    """The norm after `node`; None where something else sees the output too."""
+def _straight(reader: Reader, node: fx.Node) -> tuple[str | None, bool]:
+    """The norm after `node`, and whether it was reshaped for it.
+
+    None where something else sees the output too, or where it is a sum or an activation's.
+    """
     module = reader.modules[str(node.target)]
     parts = layers.fused_parts(module)
     last = getattr(module, parts[1]) if parts else module
-    if activations.of_norm(last) is not None:
-        return None  # its activation lies between
+    if activations.of_norm(last) is not None or (reader.is_norm(node) and reader.adds(node)):
+        return None, False
+    reshaped = False
     while len(node.users) == 1:
-        (node,) = node.users
-        if reader.is_norm(node):
-            only = len(node.all_input_nodes) == 1
-            return str(node.target) if only else None
-        if not reader.is_view(node):
+        (user,) = node.users
+        if reader.is_norm(user):
+            return (str(user.target) if reader.normalizes(user, node) else None), reshaped
+        if not reader.is_view(user):
             break
-    return None
+        reshaped = reshaped or not reader.keeps_axes(user)
+        node = user
+    return None, False
 
 
 def _branch(reader: Reader, node: fx.Node) -> Branch | None:
@@ -164,44 +175,74 @@ def _branch(reader: Reader, node: fx.Node) -> Branch | None:
     return Branch(name, reader.owner(node))
 
 
-def _fused(name: str, module: nn.Module, parts: tuple[str, str], structure: Structure) -> None:
-    layer, norm = (_join(name, part) for part in parts)
-    structure.following[layer] = activations.of_norm(getattr(module, parts[1]))
-    structure.straight[layer] = norm
+def _fused(name: str, module: nn.Module, structure: Structure) -> None:
+    layer, norm = layers.fused_parts(module) or ("", "")
+    structure.following[_join(name, layer)] = activations.of_norm(getattr(module, norm))
+    structure.straight[_join(name, layer)] = _join(name, norm)
 
 
 def _from_order(model: nn.Module, structure: Structure) -> None:
     """Where there is no graph: the next activation defined, and neighbours in a Sequential."""
-    units = [(name, module) for name, module in model.named_modules() if layers.is_unit(module)]
     waiting: list[str] = []
-    for name, module in units:
-        parts = layers.fused_parts(module)
-        if parts is not None:
-            _fused(name, module, parts, structure)
+    seen: set[nn.Module] = set()
+    for name, module in _everywhere(model):
         activation = activations.of_module(module)
         if activation is None and isinstance(module, layers.NORMS):
             activation = activations.of_norm(module)
         if activation is not None:
             structure.following.update(dict.fromkeys(waiting, activation))
             waiting = []
+        elif isinstance(module, (*layers.LAYERS, *layers.FUSED)) and module in seen:
+            waiting = []  # it has its activation already
+        elif isinstance(module, layers.FUSED):
+            _fused(name, module, structure)
         elif isinstance(module, layers.LAYERS):
             structure.following.setdefault(name, None)
             structure.guessed.add(name)
             waiting = [name]
-    for name, module in model.named_modules():
+        seen.add(module)
+    names = {module: name for name, module in model.named_modules()}
+    met: dict[str, set[str]] = {}
+    for module in names:
         if isinstance(module, nn.Sequential):
-            _neighbours(name, module, structure)
+            _neighbours(names, module, met, structure.reshaped)
+    for layer, norms in met.items():
+        if len(norms) == 1 and norms != {""}:
+            structure.straight.setdefault(layer, *norms)
 
 
-def _neighbours(name: str, sequence: nn.Sequential, structure: Structure) -> None:
-    last = ""
-    for part, module in sequence.named_children():
-        if isinstance(module, layers.NORMS) and last:
-            structure.straight.setdefault(last, _join(name, part))
-        if isinstance(module, (*layers.LAYERS, *layers.NORMS)):
-            last = "" if activations.of_norm(module) else _join(name, part)
-        elif not isinstance(module, layers.VIEWS):
-            last = ""
+def _everywhere(
+    module: nn.Module, name: str = "", above: tuple[nn.Module, ...] = ()
+) -> Iterator[tuple[str, nn.Module]]:
+    """All units, those that stand in several places in each of them."""
+    if layers.is_unit(module):
+        yield name, module
+    for part, child in module._modules.items():
+        if child is not None and child is not module and child not in above:
+            yield from _everywhere(child, _join(name, part), (*above, module))
+
+
+def _neighbours(
+    names: dict[nn.Module, str],
+    sequence: nn.Sequential,
+    met: dict[str, set[str]],
+    reshaped: set[str],
+) -> None:
+    """Add to `met`, by layer or norm, the norm after it at each of its places; "" for none."""
+    last: nn.Module | None = None
+    views: list[nn.Module] = []
+    for module in [*sequence._modules.values(), None]:
+        if isinstance(module, layers.VIEWS):
+            views.append(module)
+            continue
+        if last is not None:
+            after = names[module] if isinstance(module, layers.NORMS) else ""
+            met.setdefault(names[last], set()).add(after)
+            if not all(isinstance(view, nn.Identity) for view in views):
+                reshaped.add(names[last])
+        last, views = None, []
+        if isinstance(module, (*layers.LAYERS, *layers.NORMS)) and not activations.of_norm(module):
+            last = module
 
 
 def _from_composites(model: nn.Module, structure: Structure) -> None:

@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import fx, nn
 
@@ -17,9 +18,15 @@ class _Tracer(fx.Tracer):
         known = (*layers.LAYERS, *layers.NORMS, *layers.COMPOSITES, *layers.FUSED)
         return (
             isinstance(m, known)
-            or activations.of_module(m) is not None
+            or activations.name_of(type(m)) is not None  # its slope would be a placeholder now
             or super().is_leaf_module(m, module_qualified_name)
         )
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        inner = layers.wrapped(m)
+        if inner:
+            return m._modules[inner](*args, **kwargs)  # type: ignore[misc]
+        return super().call_module(m, forward, args, kwargs)
 
 
 def trace(model: nn.Module) -> fx.Graph:
@@ -82,6 +89,24 @@ class Reader:
             isinstance(self.module(node), layers.VIEWS)
             or self.function(node) in layers.VIEW_FUNCTIONS
         )
+
+    def keeps_axes(self, view: fx.Node) -> bool:
+        return (
+            isinstance(self.module(view), nn.Identity)
+            or self.function(view) in layers.COPY_FUNCTIONS
+        )
+
+    def adds(self, norm: fx.Node) -> bool:
+        """Whether a norm of fastnorm is given a residual."""
+        return len(norm.args) + len(norm.kwargs) > 1
+
+    def normalizes(self, norm: fx.Node, node: fx.Node) -> bool:
+        """Whether `node` is what the norm takes, and no residual, nor summed with one before."""
+        module = self.module(norm)
+        given = [*norm.args, *norm.kwargs.values()]
+        input = norm.kwargs.get("input", norm.args[0] if norm.args else None)
+        first = module is not None and layers.adds_first(module)
+        return input is node and given.count(node) == 1 and not (first and self.adds(norm))
 
     def passes(self, node: fx.Node) -> bool:
         """Whether the signal comes out much as it went in: views, dropout, pooling."""

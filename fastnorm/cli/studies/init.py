@@ -23,6 +23,8 @@ from fastnorm.cli.studies.outcome import (
 DEPTH, WIDTH = 100, 128
 KEPT = 100.0
 """A signal that stays within this factor over all layers is called kept."""
+SHOWN = (1e-12, 1e12)
+"""What the picture spans; the table has the rest."""
 
 
 def _small(weight: Tensor) -> None:
@@ -162,17 +164,37 @@ def _plot(found: dict[tuple[str, str], list[Seen]]) -> bytes:
     ):
         for column, activation in enumerate(ACTIVATIONS):
             panel = panels[row * len(ACTIVATIONS) + column]
+            absent = []
             for scheme, colour in zip(SCHEMES, COLOURS, strict=True):
                 values = [_at(found[activation, scheme], what, layer) for layer in depths]
                 shown = [value if value > 0 else math.nan for value in values]
                 panel.plot(depths, shown, color=colour, linewidth=1.2, label=scheme)
+                absent += [f"{scheme}: {words}" for words in _absent(values)]
+            panel.text(
+                *(0.98 if row == 0 else 0.02, 0.28, "\n".join(absent)),
+                transform=panel.transAxes,
+                horizontalalignment="right" if row == 0 else "left",
+                fontsize=7,
+            )
             panel.set_yscale("log")
-            panel.set_ylim(1e-12, 1e12)
+            panel.set_ylim(*SHOWN)
             panel.set_ylabel(unit if column == 0 else "")
             panel.set_xlabel("layer" if row else "")
             panel.set_title(activation if row == 0 else "")
     panels[0].legend(frameon=False, fontsize=7, ncols=2)
     return png(drawn)
+
+
+def _absent(values: list[float]) -> list[str]:
+    """Why a curve has no point in the picture; nothing where it has one."""
+    low, high = SHOWN
+    if any(low <= value <= high for value in values):
+        return []
+    if all(value == 0 for value in values):
+        return ["0 at every layer, not drawn"]
+    if all(value < low for value in values):
+        return [f"below {low:.0e} at every layer, not drawn"]
+    return ["outside of the picture, or not finite, at every layer"]
 
 
 def _sentence(activation: str, found: dict[tuple[str, str], list[Seen]]) -> str:

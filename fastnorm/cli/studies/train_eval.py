@@ -114,7 +114,7 @@ def _table(found: Found) -> Table:
             spread(_values(seen, what), scale=100)
             for what in ("running", "batch", "alone_eval", "alone_batch")
         ]
-        gap = f"{mean(_values(seen, 'mean_gap')):.2f}"
+        gap = spread(_values(seen, "mean_gap"), ".2f")
         rows.append((f"batch {size}, {_name(momentum)}", *cells, gap))
     columns = ("", "running", "batch", "alone", "alone, own", "gap")
     note = (
