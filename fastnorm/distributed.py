@@ -45,7 +45,9 @@ class SumOverProcesses(torch.autograd.Function):
 
     @staticmethod
     def forward(values: Tensor, group: Any) -> Tensor:
-        return summed(values.clone(), group)
+        total = summed(values.clone(), group)
+        # a view: compiled by torch 2.11, what was written in place would have no gradient
+        return total.view_as(total)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, Any], output: Tensor) -> None:
