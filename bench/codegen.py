@@ -177,17 +177,21 @@ def _narrow_products(
 
 
 def read_cubin(compiled: Any) -> tuple[int, int, int]:
-    """(registers, stack bytes, spilled bytes) as cuobjdump reports them."""
+    """(registers, stack bytes, bytes that a thread spills) as cuobjdump reports them.
+
+    What is spilled is what stores to local memory write: the report's LOCAL stays 0.
+    """
     tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", file.name],
+        text = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", "-sass", file.name],
             capture_output=True, text=True, check=True,
         ).stdout  # fmt: skip
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    return numbers["REG"], numbers["STACK"], numbers["LOCAL"]
+    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
+    spilled = re.findall(r"\bSTL(?:\.(64|128))?\s", text)
+    return numbers["REG"], numbers["STACK"], sum(int(bits or 32) // 8 for bits in spilled)
 
 
 def _read_amd(compiled: Any) -> tuple[int, int, int]:

@@ -65,7 +65,8 @@ class Recorded:
     def key(self, target: GPUTarget) -> str:
         """Equal for launches that share their compiled code."""
         options, signature, constexprs, attrs = self.specialisation(target)
-        return repr((self.name, options.num_warps, signature, constexprs, attrs))
+        limit = getattr(options, "maxnreg", None)
+        return repr((self.name, options.num_warps, limit, signature, constexprs, attrs))
 
     def compiled(self, target: GPUTarget) -> Any:
         options, signature, constexprs, attrs = self.specialisation(target)

@@ -16,15 +16,21 @@ NO_STACK = ("sm_80", "sm_90", "sm_100")
 STACK = {("sm_100", "batch_norm_bwd_kernel"): 16} if release("triton") < (3, 7) else {}
 
 
-def run(script: str, *arguments: str) -> str:
-    """Run a script in a process whose Triton compiles instead of interpreting."""
+def python(*arguments: object) -> str:
+    """What Python prints, in a process whose Triton compiles instead of interpreting."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = [str(BENCH), *filter(None, [environment.get("PYTHONPATH")])]
     done = subprocess.run(
-        [sys.executable, BENCH / script, *arguments],
-        env=environment, capture_output=True, text=True, check=False,
+        [sys.executable, *map(str, arguments)],
+        env=environment | {"PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
-    return done.stdout
+    return done.stdout.strip()
+
+
+def run(script: str, *arguments: str) -> str:
+    return python(BENCH / script, *arguments)
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +130,6 @@ def test_every_option_compiles(tmp_path):
 def test_narrow_access_is_seen():
     """The width reader itself: a scalar access in a PTX text is found under its argument."""
     script = """
-import sys; sys.path.insert(0, {bench!r})
 from codegen import access_widths
 ptx = '''
 ld.param.b64 %rd1, [k_param_0];
@@ -132,23 +137,36 @@ ld.param.b64 %rd2, [k_param_1];
 mul.wide.s32 %rd9, %r1, 2;
 add.s64 %rd3, %rd1, %rd9;
 add.s64 %rd4, %rd2, %rd9;
-@%p1 ld.global.v4.b32 {{%r4, %r5, %r6, %r7}}, [ %rd3 + 0 ];
-@%p1 st.global.b16 [ %rd4 + 0 ], {{%rs1}};
+@%p1 ld.global.v4.b32 {%r4, %r5, %r6, %r7}, [ %rd3 + 0 ];
+@%p1 st.global.b16 [ %rd4 + 0 ], {%rs1};
 '''
 print(access_widths(ptx, ["x_ptr", "y_ptr"]))
 """
-    done = subprocess.run(
-        [sys.executable, "-c", script.format(bench=str(BENCH))],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == "{'x_ptr': [16], 'y_ptr': [2]}"
+    assert python("-c", script) == "{'x_ptr': [16], 'y_ptr': [2]}"
+
+
+def test_spills_are_seen():
+    """What reads them: a kernel that is left too few registers has some."""
+    script = """
+from codegen import read_cubin
+from grid import OPTION_CASES
+from launches import TARGETS, recording
+
+case = next(c for c in OPTION_CASES if c.family == "layer_norm")
+with recording() as launches:
+    case.forward_and_backward(case.inputs("meta"))
+launched = next(x for x in launches if x.name == "layer_norm_bwd_kernel")
+for limit in (None, 24):
+    launched.options["maxnreg"] = limit
+    registers, stack, spilled = read_cubin(launched.compiled(TARGETS["sm_90"]))
+    print(stack > 0, spilled > 0)
+"""
+    assert python("-c", script) == "False False\nTrue True"
 
 
 def test_flight_waits_for_what_was_loaded():
     """The model of bench/flight.py: a loop that loads what it needs next waits for less."""
     script = """
-import sys; sys.path.insert(0, {bench!r})
 from flight import LATENCY, PACE, walk
 
 def period(*loop):
@@ -165,10 +183,7 @@ three_ahead = period(("DEPBAR.LE", "SB0, 0x2"), *copy, *work)
 assert late > LATENCY + 100 * PACE and LATENCY < ahead < LATENCY + 10 * PACE, (late, ahead)
 assert LATENCY / 3 < three_ahead < LATENCY / 3 + 10 * PACE, three_ahead
 """
-    subprocess.run(
-        [sys.executable, "-c", script.format(bench=str(BENCH))],
-        env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}, check=True,
-    )  # fmt: skip
+    python("-c", script)
 
 
 def test_sizes_do_not_recompile():
