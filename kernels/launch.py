@@ -178,7 +178,7 @@ ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
 # A forward of whole rows: (its columns up to, elements a thread, warps of a multiprocessor).
 # A thread of many elements spends less on sums across threads. Up to KEPT_ROW columns a program
 # keeps their parameters, too.
-ROW_FORWARD = ((512, 16, 24), (4096, 32, 12), (WIDEST_ROW, 32, 16))
+ROW_FORWARD = ((512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_ROW = 4096
 AHEAD_BYTES = 65536  # of a multiprocessor: more under way is of no use
 
@@ -284,7 +284,8 @@ def row_gradient_plan(
         block_m = max(TILE_BYTES // 4 // block_n // wide, 1)
     else:
         block_m, block_n = COLUMN_TILE[0], COLUMN_TILE[1] // wide
-    num_warps = _row_warps(block_m * block_n * wide, align < 4 or gated or itemsize > 2)
+    many = align < 4 or gated or itemsize > 2 or (not whole and loaded > 2 * itemsize)
+    num_warps = _row_warps(block_m * block_n * wide, many)
     together = max(ROW_WARPS // num_warps, 1)
     vectors = block_m * block_n // (32 * num_warps) // min(align, block_n)  # of a thread
     return RowPlan(

@@ -107,19 +107,25 @@ def option_cases() -> Iterator[Case]:
 
 def sweeps(compiled: Callable[[Sequence[Case]], int]) -> Sweeps:
     """The number of rows compiles nothing; their length does by the power of two that covers it,
-    and by the power of two that divides it, up to 8.
+    by the power of two that divides it, up to 8, and by whether it fills its tiles.
     """
     rows = LayerNormCase("sweep", (4096, 1024))
-    one = compiled([rows])
+    short = replace(rows, shape=(4096, 1000))
     numbers = [1, 2, 15, 16, 31, 100, 128, 1000, 4096, 65536]
     lengths = [520, 640, 768, 1000, 1016, 1024]
     long = replace(rows, shape=(512, 40960))
     return {
-        "rows": ([replace(rows, shape=(m, 1024)) for m in numbers], one),
-        "row lengths, multiples of 8": ([replace(rows, shape=(4096, n)) for n in lengths], one),
-        "odd row lengths": ([replace(rows, shape=(4096, n)) for n in (513, 777, 1001, 1023)], one),
+        "rows": ([replace(rows, shape=(m, 1024)) for m in numbers], compiled([rows])),
+        "row lengths, multiples of 8": (
+            [replace(rows, shape=(4096, n)) for n in lengths],
+            compiled([rows, short]),
+        ),
+        "odd row lengths": (
+            [replace(rows, shape=(4096, n)) for n in (513, 777, 1001, 1023)],
+            compiled([short]),
+        ),
         "long rows": (
             [replace(long, shape=(m, n)) for m in (512, 600, 1001) for n in (40960, 50008, 131072)],
-            compiled([long]),
+            compiled([long, replace(long, shape=(512, 50008))]),
         ),
     }

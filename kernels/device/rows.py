@@ -31,8 +31,9 @@ def wide_stride(stride, ALIGN: tl.constexpr):
 
 @triton.jit
 def rows_of(tile, M, BLOCK_M: tl.constexpr):
+    """(row, inside); a tile of one row is inside, as the compiler can see."""
     row = tl.cast(tile, tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    return row, row < M
+    return row, row < M if BLOCK_M > 1 else tl.full((BLOCK_M,), 1, tl.int1)
 
 
 @triton.jit
