@@ -179,19 +179,22 @@ def _narrow_products(
 def read_cubin(compiled: Any) -> tuple[int, int, int]:
     """(registers, stack bytes, bytes that a thread spills) as cuobjdump reports them.
 
-    What is spilled is what stores to local memory write: the report's LOCAL stays 0.
+    What is spilled is what stores to local memory, a part of the stack, write: the report's LOCAL
+    stays 0.
     """
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        text = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", "-sass", file.name],
-            capture_output=True, text=True, check=True,
-        ).stdout  # fmt: skip
-    numbers = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", text)}
-    spilled = re.findall(r"\bSTL(?:\.(64|128))?\s", text)
+        usage = _cuobjdump("-res-usage", file.name)
+        numbers = {name: int(n) for name, n in re.findall(r"(REG|STACK):(\d+)", usage)}
+        code = _cuobjdump("-sass", file.name) if numbers["STACK"] else ""
+    spilled = re.findall(r"\bSTL(?:\.(64|128))?\s", code)
     return numbers["REG"], numbers["STACK"], sum(int(bits or 32) // 8 for bits in spilled)
+
+
+def _cuobjdump(*arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return subprocess.run([tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def _read_amd(compiled: Any) -> tuple[int, int, int]:

@@ -175,7 +175,7 @@ COLUMN_TILE = (4, 512)  # rows and columns of the backward's tiles of longer row
 ROW_PARTIALS = 1024  # the most programs that share a row: a constant tile merges their statistics
 THREAD_ELEMENTS = 16  # that a thread holds; half where each takes an address of its own
 ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
-# A forward of whole rows: (its columns up to, elements a thread, warps of a multiprocessor).
+# A forward of whole rows: (its columns up to, 16-bit elements a thread, warps of a multiprocessor).
 # A thread of many elements spends less on sums across threads. Up to KEPT_ROW columns a program
 # keeps their parameters, too.
 ROW_FORWARD = ((512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
@@ -234,8 +234,8 @@ def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Dev
     if N * wide <= WIDEST_ROW:
         block_n = power_of_two(N)
         _, each, resident_warps = next(f for f in ROW_FORWARD if block_n * wide <= f[0])
-        if align < 4:
-            each //= 2
+        if align < 4 or itemsize > 2:
+            each, resident_warps = each // 2, max(resident_warps, ROW_WARPS)
         block_m = max(32 * each // (block_n * wide), 1)
         num_warps = _warps(block_m * block_n * wide, each)
         together = max(resident_warps // num_warps, 1)
