@@ -53,10 +53,12 @@ def _gram_matrix(x: Tensor, view: ChannelView, F: int) -> Callable[[Tensor | Non
     itemsize = x.element_size()
     rows, most = (64, 64) if itemsize == 2 else (32, 32)
     block = product_block(K, most)
+    device = device_of(x.device)
+    roomy = device.shared >= 4 * rows * block * 8  # for operands in float64, beside their exchange
     pairs = cdiv(K, block) * (cdiv(K, block) + 1) // 2
     partial_dtype = torch.float32 if itemsize == 2 else torch.float64
     plan = product_plan(
-        view, rows, 2 * rows * block * itemsize, device_of(x.device),
+        view, rows, 2 * rows * block * itemsize, device,
         Sum(pairs, pairs * block**2 * partial_dtype.itemsize, x.numel() * itemsize, itemsize == 2),
         num_warps=8 if block == 64 else 4,  # float64 takes the registers of two
     )  # fmt: skip
@@ -67,7 +69,7 @@ def _gram_matrix(x: Tensor, view: ChannelView, F: int) -> Callable[[Tensor | Non
         again = flags is not None  # its operands are four times as wide
         dtype = torch.float64 if again else partial_dtype
         s_partial = empty((plan.programs, pairs, block, block), dtype=dtype)
-        options = plan.options | ({"num_stages": 2} if again else {})
+        options = plan.options | ({"num_stages": 2 if roomy else 1} if again else {})
         linear_batch_norm_fwd_gram_kernel[(pairs * plan.programs,)](
             x, flags, s_partial, sum_partial, B, K, S, F, plan.tiles, plan.tiles_per_program,
             WIDE=itemsize > 2 or again, BLOCK_F=power_of_two(F), BLOCK_K=block,
