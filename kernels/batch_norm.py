@@ -69,7 +69,8 @@ def launch_of(x: Tensor, view: ChannelView) -> Launch:
     sizes = (*view[:3], plan.programs, plan.tiles, plan.tiles_per_program)
     tile = {
         "BLOCK_N": plan.block_n, "BLOCK_S": plan.block_s, "BLOCK_C": plan.block_c,
-        "FOLD": plan.fold, "RUN": plan.run, "ALIGN": plan.align, "COLUMNS": view.columns,
+        "CHANNELS": plan.channels, "FOLD": plan.fold, "RUN": plan.run, "ALIGN": plan.align,
+        "COLUMNS": plan.columns,
         **plan.options,
     }  # fmt: skip
     merge = {"BLOCK_C": MERGE_CHANNELS, "BLOCK_P": MERGE_PARTIALS, "num_warps": MERGE_WARPS}

@@ -4,19 +4,22 @@ import triton
 import triton.language as tl
 
 from fastnorm.kernels.device.channels import (
+    as_int64,
+    by_channel,
+    by_column,
     channels_of,
+    columns_of,
     gradient_sums_of_tiles,
     input_gradient_of_tiles,
     load_affine,
     load_stats,
     share_of_program,
-    wide_sizes,
 )
 from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import SIZES
 
 
-# One program owns BLOCK_C channels. In evaluation the first loop writes dx, and there is no second.
+# One program owns CHANNELS channels. In evaluation the first loop writes dx; there is no second.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_kernel(
     dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
@@ -25,33 +28,37 @@ def batch_norm_bwd_kernel(
     N, C, S, tiles,
     ACT_GRAD: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    N, C, S = as_int64(N, C, S)
     pid = tl.program_id(0)
-    c, cmask = channels_of(pid, C, BLOCK_C)
-    mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
-    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    j, c, inside, W, T = columns_of(pid, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    mean, rest, rstd = load_stats(stats_ptr, c, inside, C)
+    w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr,
         None if TRAINING else dx_ptr, None if TRAINING else dz_ptr,
-        0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        0, tiles, j, inside, mean, rest, rstd, w, b, N, W, T,
         ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS,
     )  # fmt: skip
-    store_cast(dw_ptr, c, dw, cmask)
-    store_cast(db_ptr, c, db, cmask)
+    dw, db = by_channel(dw, S, CHANNELS), by_channel(db, S, CHANNELS)
+    k, kmask = channels_of(pid, C, CHANNELS)
+    store_cast(dw_ptr, k, dw, kmask)
+    store_cast(db_ptr, k, db, kmask)
     if TRAINING:
         M = (N * S).to(ACC)
+        dw, db = by_column(dw, S, BLOCK_C), by_column(db, S, BLOCK_C)
         input_gradient_of_tiles(
             dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
-            0, tiles, c, cmask, mean, rest, rstd, w, b,
-            None, rstd * w, dw / M, db / M, N, C, S,
+            0, tiles, j, inside, mean, rest, rstd, w, b,
+            None, rstd * w, dw / M, db / M, N, W, T,
             ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
         )  # fmt: skip
 
 
-# One program owns some consecutive tiles of BLOCK_C channels, and leaves their partial sums.
+# One program owns some consecutive tiles of CHANNELS channels, and leaves their partial sums.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_reduce_kernel(
     dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
@@ -59,45 +66,51 @@ def batch_norm_bwd_reduce_kernel(
     dx_ptr, dz_ptr, partial_ptr,            # (N, C, S) in evaluation, (N, C, S), (2, P, C)
     N, C, S, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
-    mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
-    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    N, C, S = as_int64(N, C, S)
+    p, block, first, last = share_of_program(P, tiles, tiles_per_program)
+    j, c, inside, W, T = columns_of(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    mean, rest, rstd = load_stats(stats_ptr, c, inside, C)
+    w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
-        first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        first, last, j, inside, mean, rest, rstd, w, b, N, W, T,
         ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS,
     )  # fmt: skip
     if partial_ptr is not None:
-        tl.store(partial_ptr + p.to(tl.int64) * C + c, dw, mask=cmask)
-        tl.store(partial_ptr + (P + p).to(tl.int64) * C + c, db, mask=cmask)
+        dw, db = by_channel(dw, S, CHANNELS), by_channel(db, S, CHANNELS)
+        k, kmask = channels_of(block, C, CHANNELS)
+        tl.store(partial_ptr + p.to(tl.int64) * C + k, dw, mask=kmask)
+        tl.store(partial_ptr + (P + p).to(tl.int64) * C + k, db, mask=kmask)
 
 
-# One program owns the tiles of BLOCK_C channels that it reduced before.
+# One program owns the tiles of CHANNELS channels that it reduced before.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_bwd_apply_kernel(
     dy_ptr, x_ptr, w_ptr, b_ptr,            # dy is dz where reduce wrote it
     stats_ptr, sums_ptr, count_ptr, dx_ptr,  # (3, C), (2, C), () or None: N·S; (N, C, S)
     N, C, S, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    _, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
-    mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
-    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    N, C, S = as_int64(N, C, S)
+    _, block, first, last = share_of_program(P, tiles, tiles_per_program)
+    j, c, inside, W, T = columns_of(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    mean, rest, rstd = load_stats(stats_ptr, c, inside, C)
+    w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     M = (N * S).to(ACC)
     if count_ptr is not None:  # other processes have parts of the batch
         M = tl.load(count_ptr)
-    dw = load_as(sums_ptr, c, cmask, ACC)
-    db = load_as(sums_ptr, C + c, cmask, ACC)
+    dw = load_as(sums_ptr, c, inside, ACC)
+    db = load_as(sums_ptr, C + c, inside, ACC)
     input_gradient_of_tiles(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
-        first, last, c, cmask, mean, rest, rstd, w, b,
-        None, rstd * w, dw / M, db / M, N, C, S,
+        first, last, j, inside, mean, rest, rstd, w, b,
+        None, rstd * w, dw / M, db / M, N, W, T,
         ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
     )  # fmt: skip

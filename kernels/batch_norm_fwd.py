@@ -4,13 +4,16 @@ import triton
 import triton.language as tl
 
 from fastnorm.kernels.device.channels import (
+    as_int64,
+    by_column,
     channels_of,
+    columns_of,
     load_affine,
     load_stats,
+    merge_columns,
     moments_of_tiles,
     normalize_tiles,
     share_of_program,
-    wide_sizes,
 )
 from fastnorm.kernels.device.moments import (
     merge_partials,
@@ -105,7 +108,7 @@ def count_batch(batches_ptr, pid):
             tl.store(batches_ptr, tl.load(batches_ptr) + 1)
 
 
-# One program owns BLOCK_C channels.
+# One program owns CHANNELS channels.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_fwd_kernel(
     x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
@@ -114,45 +117,54 @@ def batch_norm_fwd_kernel(
     momentum: tl.float64, eps: tl.float64,
     N, C, S, tiles,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+    N, C, S = as_int64(N, C, S)
     pid = tl.program_id(0)
-    c, cmask = channels_of(pid, C, BLOCK_C)
+    j, c, inside, W, T = columns_of(pid, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
+        x_ptr, 0, tiles, j, inside, N, W, T, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
     )
+    count, mean, rest, std = merge_columns(count, mean, rest, std, S, CHANNELS)
+    k, kmask = channels_of(pid, C, CHANNELS)
     rstd = finalize(
-        mean, rest, std, count, eps, c, cmask, C,
+        mean, rest, std, count, eps, k, kmask, C,
         stats_ptr, running_mean_ptr, running_var_ptr, momentum_ptr, momentum,
     )  # fmt: skip
-    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    mean, rest = by_column(mean, S, BLOCK_C), by_column(rest, S, BLOCK_C)
+    rstd = by_column(rstd, S, BLOCK_C)
+    w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     normalize_tiles(
-        x_ptr, residual_ptr, y_ptr, 0, tiles, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        x_ptr, residual_ptr, y_ptr, 0, tiles, j, inside, mean, rest, rstd, w, b, N, W, T,
         ACT, BLOCK_N, BLOCK_S, COLUMNS,
     )  # fmt: skip
     count_batch(batches_ptr, pid)
 
 
-# One program owns some consecutive tiles of BLOCK_C channels, and leaves their partial statistics.
+# One program owns some consecutive tiles of CHANNELS channels, and leaves their partial statistics.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_fwd_moments_kernel(
     x_ptr, partial_ptr, count_ptr, batches_ptr,  # (N, C, S), (3, P, C): mean, rest, std; (P,), ()
     N, C, S, P, tiles, tiles_per_program,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
-    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
+    N, C, S = as_int64(N, C, S)
+    p, block, first, last = share_of_program(P, tiles, tiles_per_program)
+    j, _, inside, W, T = columns_of(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
+        x_ptr, first, last, j, inside, N, W, T, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
     )
-    at = p.to(tl.int64) * C + c
-    tl.store(partial_ptr + at, mean, mask=cmask)
-    tl.store(partial_ptr + P * C + at, rest, mask=cmask)
-    tl.store(partial_ptr + 2 * P * C + at, std, mask=cmask)
+    count, mean, rest, std = merge_columns(count, mean, rest, std, S, CHANNELS)
+    k, kmask = channels_of(block, C, CHANNELS)
+    at = p.to(tl.int64) * C + k
+    tl.store(partial_ptr + at, mean, mask=kmask)
+    tl.store(partial_ptr + P * C + at, rest, mask=kmask)
+    tl.store(partial_ptr + 2 * P * C + at, std, mask=kmask)
     pid = tl.program_id(0)
     if pid == p:  # the first block of channels speaks for all
         tl.store(count_ptr + p, tl.sum(count, axis=0))
@@ -179,7 +191,7 @@ def batch_norm_fwd_finalize_kernel(
     )  # fmt: skip
 
 
-# One program owns the tiles of BLOCK_C channels that it reduced before. In evaluation the first
+# One program owns the tiles of CHANNELS channels that it reduced before. In evaluation the first
 # program of a channel saves the running statistics, which may have moved when the backward runs.
 @triton.jit(do_not_specialize=SIZES)
 def batch_norm_fwd_apply_kernel(
@@ -189,24 +201,27 @@ def batch_norm_fwd_apply_kernel(
     eps: tl.float64,
     N, C, S, P, tiles, tiles_per_program,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    p, c, cmask, first, last = share_of_program(P, C, tiles, tiles_per_program, BLOCK_C)
+    N, C, S = as_int64(N, C, S)
+    p, block, first, last = share_of_program(P, tiles, tiles_per_program)
+    j, c, inside, W, T = columns_of(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     if running_mean_ptr is None:
-        mean, rest, rstd = load_stats(stats_ptr, c, cmask, C)
+        mean, rest, rstd = load_stats(stats_ptr, c, inside, C)
     else:
-        mean = load_as(running_mean_ptr, c, cmask, ACC)
+        mean = load_as(running_mean_ptr, c, inside, ACC)
         rest = tl.zeros((BLOCK_C,), ACC)
-        var = tl.load(running_var_ptr + c, mask=cmask, other=1.0).to(ACC)
+        var = tl.load(running_var_ptr + c, mask=inside, other=1.0).to(ACC)
         rstd = reciprocal(sqrt(var + tl.full((), eps, ACC)))
         if p == 0:
-            tl.store(stats_ptr + c, mean, mask=cmask)
-            tl.store(stats_ptr + C + c, rest, mask=cmask)
-            tl.store(stats_ptr + 2 * C + c, rstd, mask=cmask)
-    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+            own = inside if CHANNELS == BLOCK_C else inside & (j == c * S)
+            tl.store(stats_ptr + c, mean, mask=own)
+            tl.store(stats_ptr + C + c, rest, mask=own)
+            tl.store(stats_ptr + 2 * C + c, rstd, mask=own)
+    w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     normalize_tiles(
-        x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
+        x_ptr, residual_ptr, y_ptr, first, last, j, inside, mean, rest, rstd, w, b, N, W, T,
         ACT, BLOCK_N, BLOCK_S, COLUMNS,
     )  # fmt: skip

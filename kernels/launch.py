@@ -12,6 +12,7 @@ from fastnorm.kernels.devices import Device
 TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a thread
 WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
 PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
+SECTOR = 32  # bytes that a cache loads together
 COLUMN_PROGRAMS = 3  # the same, where a thread's registers hold the statistics of 8 channels
 
 
@@ -71,9 +72,11 @@ class ChannelPlan:
     block_n: int
     block_s: int
     block_c: int
+    channels: int  # of a program; fewer than block_c where their positions are its columns
+    columns: bool
     fold: int  # lanes that one thread sums in its registers, in
     run: int  # runs of so many neighbours
-    align: int  # elements: S (rows) or C (columns) is a multiple of it
+    align: int  # elements: contiguous runs are a multiple of it
     options: dict[str, int]  # of the compiler
     tiles: int  # of one index set
     programs: int  # that share one index set
@@ -108,13 +111,13 @@ def _fold(lanes: int, channels: int, align: int, num_warps: int, columns: bool) 
     return max(lanes // threads, run, min(lanes, 4)), run
 
 
-def _split(tiles: int, others: int, columns: bool, device: Device) -> int:
+def _split(tiles: int, others: int, together: int, device: Device) -> int:
     """Tiles of each program, where so many others have as many tiles.
 
-    All programs are resident at once; or in some rounds, where one would leave processors idle.
+    A multiprocessor has room for so many programs together. All are resident at once; or in some
+    rounds, where one would leave processors idle.
     """
-    most = COLUMN_PROGRAMS if columns else PROGRAMS_PER_MULTIPROCESSOR
-    room = most * device.multiprocessors
+    room = together * device.multiprocessors
     programs = 1
     for rounds in (1, 2, 3) if others < room else ():
         programs = max(rounds * room // others, 1)
@@ -123,15 +126,36 @@ def _split(tiles: int, others: int, columns: bool, device: Device) -> int:
     return cdiv(tiles, min(programs, tiles))
 
 
+PLANE_COLUMNS = (64, 2048)  # of a tile of planes: at least, if there are enough channels; at most
+PLANE_WARPS = 8  # of a multiprocessor: a thread keeps the statistics and parameters of 8 columns
+
+
+def _planes(C: int, S: int, itemsize: int) -> int:
+    """Channels whose planes, of S elements each, a tile takes as one run; 0: each by itself.
+
+    A run is loaded in vectors of 16 bytes, where a plane is no multiple of one, and whole sectors.
+    """
+    planes = divisor_class(C * S, itemsize) // divisor_class(S, itemsize)
+    if S == 1 or (planes == 1 and S * itemsize >= SECTOR):
+        return 0
+    fewest, most = PLANE_COLUMNS
+    while planes * S < fewest and planes < C:
+        planes *= 2
+    return planes if planes * S <= most else 0
+
+
 def channel_plan(
     N: int, C: int, S: int, columns: bool, itemsize: int, device: Device
 ) -> ChannelPlan:
     """The plan for a dense (N, C, S) tensor with channels innermost (`columns`) or not."""
+    planes = 0 if columns else _planes(C, S, itemsize)
+    if planes:
+        return _plane_plan(N, C, S, planes, itemsize, device)
     align = divisor_class(C if columns else S, itemsize)
     elements = TILE_BYTES // itemsize
     if align == 1:  # addresses, one an element, want registers too
         elements //= 2
-    sector = max(32 // itemsize, 1)  # the fewest channels whose loads waste nothing
+    sector = max(SECTOR // itemsize, 1)  # the fewest channels whose loads waste nothing
     whole = N * S * (sector if columns else 1) * itemsize <= WHOLE_BYTES
     if whole and columns:  # and so do statistics and parameters of many channels
         elements //= 2
@@ -149,17 +173,42 @@ def channel_plan(
             block_c *= 2
     tiles = cdiv(N, block_n) * cdiv(S, block_s)
     channel_blocks = cdiv(C, block_c)
-    tiles_per_program = tiles if whole else _split(tiles, channel_blocks, columns, device)
+    together = COLUMN_PROGRAMS if columns else PROGRAMS_PER_MULTIPROCESSOR
+    tiles_per_program = tiles if whole else _split(tiles, channel_blocks, together, device)
     lanes = block_n * block_s
     num_warps = min(max(4 * lanes * block_c // elements, 1), 4)
     options = {"num_warps": num_warps}
     if columns and not whole:  # left alone, the compiler spills to get by with fewer
-        options = resident(num_warps, COLUMN_PROGRAMS * num_warps, itemsize, device)
+        options = resident(num_warps, together * num_warps, itemsize, device)
     return ChannelPlan(
-        block_n, block_s, block_c,
+        block_n, block_s, block_c, block_c, columns,
         *_fold(lanes, block_c, align, num_warps, columns),
         align,
         options,
+        tiles,
+        cdiv(tiles, tiles_per_program),
+        tiles_per_program,
+        channel_blocks,
+    )  # fmt: skip
+
+
+def _plane_plan(N: int, C: int, S: int, planes: int, itemsize: int, device: Device) -> ChannelPlan:
+    """The plan where a tile has the planes of so many channels: columns, of N elements each."""
+    align = divisor_class(C * S, itemsize)
+    block_c = power_of_two(planes * S)
+    warps = PLANE_WARPS if 2 * block_c > PLANE_COLUMNS[1] else PLANE_WARPS // 2
+    elements = warps // 4 * TILE_BYTES // itemsize
+    block_n = min(power_of_two(N), max(elements // block_c, 1))
+    tiles, channel_blocks = cdiv(N, block_n), cdiv(C, planes)
+    together = PLANE_WARPS // warps
+    whole = N * S * planes * itemsize <= warps // 2 * WHOLE_BYTES
+    tiles_per_program = tiles if whole else _split(tiles, channel_blocks, together, device)
+    num_warps = min(max(warps * block_n * block_c // elements, 1), warps)
+    return ChannelPlan(
+        block_n, 1, block_c, planes, True,
+        *_fold(block_n, block_c, align, num_warps, True),
+        align,
+        resident(num_warps, together * num_warps, itemsize, device),
         tiles,
         cdiv(tiles, tiles_per_program),
         tiles_per_program,
@@ -336,7 +385,7 @@ def group_plan(
     Nothing that is compiled depends on N: a last batch of another size brings no new kernel.
     """
     elements = TILE_BYTES // itemsize
-    sector = max(32 // itemsize, 1)  # the fewest channels whose loads waste nothing
+    sector = max(SECTOR // itemsize, 1)  # the fewest channels whose loads waste nothing
     block_k = power_of_two(K)
     # groups side by side that a program needs lest its loads waste sectors
     width = power_of_two(cdiv(min(sector, C), K)) if columns else 1
@@ -362,7 +411,8 @@ def group_plan(
         block_c = min(power_of_two(C), elements // block_s, GROUP_LANES)
         channel_blocks = cdiv(C, block_c)
         shared, others = cdiv(S, block_s), N * channel_blocks
-    share = _split(shared, others, columns and not whole, device)
+    together = COLUMN_PROGRAMS if columns and not whole else PROGRAMS_PER_MULTIPROCESSOR
+    share = _split(shared, others, together, device)
     lanes = block_n * block_c
     num_warps = min(max(4 * lanes * block_s // elements, lanes // 256, 1), 4)
     return GroupPlan(

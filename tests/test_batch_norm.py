@@ -153,6 +153,10 @@ SHAPES = [
     (2, 10, 5, 5),
     (3, 2, 17, 31),
     (33, 3, 7, 7),  # several samples in a tile
+    (9, 16, 7, 7),  # eight channels' planes are one aligned run of a sample
+    (100, 12, 3, 5),  # four of them
+    (4000, 3, 2, 2),  # likewise, whatever their number, and split over programs
+    (5, 8, 21, 21),  # long runs
     (2, 2, 120, 121),  # a channel larger than a tile, and not a multiple of it
     (2, 3, 4, 5, 6),
 ]
@@ -171,7 +175,7 @@ def test_matches_float64(backend, shape, dtype, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("shape", [(6, 5), (3, 2, 70, 71)], ids=str)
+@pytest.mark.parametrize("shape", [(6, 5), (3, 2, 70, 71), (9, 8, 7, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
@@ -212,7 +216,7 @@ def test_without_parameters_or_buffers(backend, affine, tracked):
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])
 def test_only_what_is_asked_for(backend, activation, residual, training):
     """Each gradient alone is the same as with all the others."""
-    for shape in ((5, 3, 4), (2, 2, 90, 90)):
+    for shape in ((5, 3, 4), (2, 2, 90, 90), (3000, 4, 2, 2)):
         case = problem(shape, backend, residual=residual, activation=activation, training=training)
         want = case.run()
         for wanted in case.leaves():

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import fastnorm.functional as FF
 
-SHAPES = [(64, 3), (6, 3, 8, 9), (9, 3, 60, 60)]
+SHAPES = [(64, 3), (6, 3, 8, 9), (9, 3, 60, 60), (40, 3, 2, 2), (4000, 3, 2, 2)]
 
 
 def adversarial(name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

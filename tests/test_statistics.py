@@ -52,6 +52,8 @@ def normalize_channels(x: Tensor, view: ChannelView, **found: tuple[Tensor, Tens
         (ChannelView(3001, 9, 1, True), False),
         (ChannelView(8, 3, 37, False), True),
         (ChannelView(9, 3, 1800, False), False),
+        (ChannelView(40, 16, 49, False), True),
+        (ChannelView(3000, 6, 6, False), False),
     ],
     ids=str,
 )

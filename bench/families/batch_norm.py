@@ -79,7 +79,7 @@ def cases() -> Iterator[Case]:
 
 
 def small_cases() -> Iterator[Case]:
-    """Both layouts, one program a channel and many, small enough for the interpreter."""
+    """All layouts, one program a channel and many, small enough for the interpreter."""
     for dtype in (torch.bfloat16, torch.float32):
         for name, shape, layout in (
             ("whole NCHW", (6, 5, 24, 24), "contiguous"),
@@ -87,6 +87,8 @@ def small_cases() -> Iterator[Case]:
             ("whole (N, C)", (250, 40), "contiguous"),
             ("split NCHW", (9, 3, 60, 60), "contiguous"),
             ("split NCHW, odd", (71, 3, 21, 21), "contiguous"),
+            ("whole planes", (20, 16, 7, 7), "contiguous"),
+            ("split planes", (4000, 6, 2, 2), "contiguous"),
             ("split channels_last", (9, 40, 20, 20), "channels_last"),
             ("split (N, C)", (3001, 33), "contiguous"),
             ("split 3d", (2, 3, 20, 30, 31), "channels_last_3d"),
@@ -105,7 +107,11 @@ def small_cases() -> Iterator[Case]:
 
 def option_cases() -> Iterator[Case]:
     """Every activation, dtype and absent tensor once, at shapes that take each kernel."""
-    for layout, shape in (("contiguous", (64, 4, 64, 64)), ("channels_last", (4, 24, 9, 9))):
+    for layout, shape in (
+        ("contiguous", (64, 4, 64, 64)),
+        ("contiguous", (256, 8, 7, 7)),
+        ("channels_last", (4, 24, 9, 9)),
+    ):
         case = BatchNormCase("options", shape, layout=layout)
         for activation in ACTIVATIONS:
             yield replace(case, activation=activation, residual=layout == "contiguous")
@@ -132,9 +138,14 @@ def sweeps(compiled: Callable[[Sequence[Case]], int]) -> Sweeps:
     batches = [16, 17, 24, 31, 32, 48, 64, 100, 128, 255, 256]
     sides = [48, 50, 52, 56, 58, 60, 62, 64, 72, 80, 96, 112, 128, 224]
     odd = [49, 51, 53, 55, 57, 61, 63, 65, 97]
+    plane = replace(image, shape=(32, 64, 7, 7))
     return {
         "batch, NCHW": ([replace(image, shape=(n, *image.shape[1:])) for n in batches], one),
         "batch, channels_last": ([replace(last, shape=(n, *last.shape[1:])) for n in batches], one),
+        "batch, planes": (
+            [replace(plane, shape=(n, 64, 7, 7)) for n in (16, 17, 31, 32, 48, 64, 80)],
+            compiled([plane]),
+        ),
         "batch, (N, C), split": (
             [replace(rows, shape=(n, 64)) for n in (3000, 4096, 5001, 8192, 65536)],
             one,

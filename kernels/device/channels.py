@@ -10,6 +10,7 @@ from fastnorm.kernels.device.moments import (
     fold_moments,
     merge_counted,
     merge_lanes,
+    merge_partials,
     pivot_of,
     scale_of,
     two_sum,
@@ -28,12 +29,15 @@ from fastnorm.kernels.device.tiles import (
 
 
 @triton.jit
-def wide_sizes(N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
-    """(N, C, S) as int64, since their products pass 2³¹ before a tensor's bytes do.
+def as_int64(N, C, S):
+    """Sizes whose products pass 2³¹ before a tensor's bytes do."""
+    return N.to(tl.int64), C.to(tl.int64), S.to(tl.int64)
 
-    The division changes nothing; it shows the compiler that no vector straddles a mask.
-    """
-    N, C, S = N.to(tl.int64), C.to(tl.int64), S.to(tl.int64)
+
+@triton.jit
+def wide_sizes(N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
+    """(N, C, S) as int64; a division that changes nothing shows that no vector straddles a mask."""
+    N, C, S = as_int64(N, C, S)
     if COLUMNS:
         return N, C // ALIGN * ALIGN, S
     return N, C, S // ALIGN * ALIGN
@@ -46,13 +50,85 @@ def channels_of(block, C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def share_of_program(P, C, tiles, tiles_per_program, BLOCK_C: tl.constexpr):
-    """(p, c, cmask, first, last): which of the P shares of which channels this program owns."""
+def columns_of(
+    block, N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """(j, c, inside, C, S) of the columns of a block of CHANNELS channels, and sizes by column.
+
+    A column is a channel; or, where a block has fewer channels than columns, one position of one of
+    them: the planes of a sample's channels, S long, are one run in memory.
+    """
+    if CHANNELS == BLOCK_C:
+        _, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
+        c, inside = channels_of(block, C, BLOCK_C)
+        return c, c, inside, C, S
+    else:
+        own = CHANNELS * S // ALIGN * ALIGN
+        columns = C * S // ALIGN * ALIGN
+        lane = tl.arange(0, BLOCK_C)
+        j = block * own + lane
+        c = block * CHANNELS + lane // S.to(tl.int32)
+        return j, c, (lane < own) & (j < columns), columns, tl.full((), 1, tl.int64)
+
+
+@triton.jit
+def planes_of(t, S, CHANNELS: tl.constexpr):
+    """(t, inside): what is by column as (positions, channels), and which of the positions exist."""
+    POSITIONS: tl.constexpr = t.shape[0] // CHANNELS
+    s = tl.arange(0, POSITIONS)[:, None]
+    column = s + (tl.arange(0, CHANNELS) * S.to(tl.int32))[None, :]
+    t = tl.gather(t, tl.reshape(column, (t.shape[0],)), axis=0)
+    return tl.reshape(t, (POSITIONS, CHANNELS)), s < S
+
+
+@triton.jit
+def by_channel(t, S, CHANNELS: tl.constexpr):
+    """Sums over the columns of each channel."""
+    if t.shape[0] == CHANNELS:
+        return t
+    else:
+        t, inside = planes_of(t, S, CHANNELS)
+        return tl.sum(tl.where(inside, t, 0.0), axis=0)
+
+
+@triton.jit
+def by_column(t, S, BLOCK_C: tl.constexpr):
+    """What the channel of each column has."""
+    CHANNELS: tl.constexpr = t.shape[0]
+    if CHANNELS == BLOCK_C:
+        return t
+    else:
+        channel = tl.arange(0, BLOCK_C) // S.to(tl.int32)
+        return tl.gather(t, tl.minimum(channel, CHANNELS - 1), axis=0)
+
+
+@triton.jit
+def merge_columns(count, mean, rest, std, S, CHANNELS: tl.constexpr):
+    """(count, mean, rest, std) of channels, from those of their columns; count is (1,)."""
+    if mean.shape[0] == CHANNELS:
+        return count, mean, rest, std
+    else:
+        mean, inside = planes_of(mean, S, CHANNELS)
+        rest, _ = planes_of(rest, S, CHANNELS)
+        std, _ = planes_of(std, S, CHANNELS)
+        s = tl.arange(0, mean.shape[0])[:, None]
+        first = tl.sum(tl.where(s == 0, mean, 0.0), axis=0)
+        base = pivot_of(first, mean, inside, 1.0 / S.to(mean.dtype))
+        mean = tl.where(inside, (mean - base[None, :]) + rest, 0.0)
+        each = tl.where(inside, count, 0.0)
+        _, mean, std = merge_partials(each, mean, tl.where(inside, std, 0.0))
+        mean, rest = two_sum(base, mean)
+        return count * S.to(count.dtype), mean, rest, std
+
+
+@triton.jit
+def share_of_program(P, tiles, tiles_per_program):
+    """(p, block, first, last): which of the P shares of which block this program owns."""
     pid = tl.program_id(0)
     p = pid % P
-    c, cmask = channels_of(pid // P, C, BLOCK_C)
     first = p * tiles_per_program
-    return p, c, cmask, first, tl.minimum(first + tiles_per_program, tiles)
+    return p, pid // P, first, tl.minimum(first + tiles_per_program, tiles)
 
 
 @triton.jit
