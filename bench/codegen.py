@@ -42,6 +42,8 @@ class Code:
     kernel: str
     case: str
     target: str
+    programs: int  # of the launch
+    tiles: int  # of a program
     warps: int
     registers: int
     stack: int
@@ -74,8 +76,9 @@ def inspect(case: Case, launched: Recorded, target: str) -> Code:
     widths = access_widths(text, pointers) if "ptx" in compiled.asm else _amd_widths(text)
     metadata = compiled.metadata
     return Code(
-        launched.name, str(case), target, metadata.num_warps, registers, stack, spills,
-        metadata.shared,
+        launched.name, str(case), target, math.prod(launched.grid),
+        launched.arguments.get("tiles_per_program", 1), metadata.num_warps, registers, stack,
+        spills, metadata.shared,
         _occupancy(target, registers, metadata.shared, metadata.num_warps),
         widths,
         _narrow(launched, widths),

@@ -110,6 +110,18 @@ def test_loops_over_tiles_load_ahead(codes):
 
 
 @targets
+def test_programs_that_own_many_rows_are_resident_together(codes):
+    """One that has to wait for another's end would double the time of the launch."""
+    rows = [c for c in codes if re.fullmatch(r"layer_norm_(fwd|bwd)_kernel", c["kernel"])]
+    many = [c for c in rows if c["tiles"] > 1 and "huge" not in c["case"]]  # those own columns
+    assert many
+    for code in many:
+        if code["target"] in NO_STACK:  # of as many registers and threads as an H200
+            together = int(code["occupancy"] * 64 / code["warps"])
+            assert code["programs"] <= together * 132, code
+
+
+@targets
 def test_no_atomics(codes):
     for code in codes:
         assert "atom" not in code["features"], code
