@@ -1,8 +1,9 @@
-"""Put measured results into README.md and bench/results/cpu.md; no number there is typed by hand.
+"""Put measured results into README.md, bench/results/cpu.md and the docs; none is typed by hand.
 
 `python bench/render.py` (`make results`) reads what `fastnorm bench` left under bench/results, a
-folder a device, and the reports of `make traffic` and `make codegen`. README has the block between
-its two markers, and tests/test_results.py holds both files to what this gives.
+folder a device, the reports of `make traffic` and `make codegen`, and linear_batch_norm.json.
+README and docs/linear_batch_norm.md have a block between two markers, and tests/test_results.py
+holds all files to what this gives.
 """
 
 import json
@@ -18,7 +19,11 @@ from fastnorm.cli.bench_groups import geometric, groups, others, speedups
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
 BEGIN, END = "<!-- results: made by `make results` -->", "<!-- results: end -->"
+TIMES, TIMES_END = "<!-- times: made by `make results` -->", "<!-- times: end -->"
 PACKAGES = ("torch", "triton")
+PASSES = {
+    "eval": "evaluation", "train": "training, forward", "train+backward": "forward and backward"
+}  # fmt: skip
 
 
 def benchmarks() -> dict[Path, dict[str, Any]]:
@@ -144,16 +149,34 @@ def block() -> str:
     return "\n\n".join([*parts, *traffic(), *codegen(), END])
 
 
-def readme() -> str:
-    """README.md with its block as it should be."""
-    text = (ROOT / "README.md").read_text("utf-8")
-    before, rest = text.split(BEGIN)
-    return before + block() + rest.split(END)[1]
+def linear_times() -> str:
+    """The speed of `auto` over torch's operators by pass and dtype, over the shapes of a JSON."""
+    results = json.loads((RESULTS / "linear_batch_norm.json").read_text("utf-8"))["results"]
+    dtypes = list(dict.fromkeys(result["dtype"] for result in results))
+    rows = []
+    for kind, words in PASSES.items():
+        row = [words]
+        for dtype in dtypes:
+            found = [r for r in results if (r["pass"], r["dtype"]) == (kind, dtype)]
+            ratios = [r["ours, auto"]["ratio"] for r in found]
+            row.append(f"{geometric(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        rows.append(row)
+    return "\n\n".join([TIMES, table(["", *dtypes], rows), TIMES_END])
+
+
+def replaced(path: Path, begin: str, made: str, end: str) -> str:
+    """The text of a file with the block between its markers as it should be."""
+    before, rest = path.read_text("utf-8").split(begin)
+    return before + made + rest.split(end)[1]
 
 
 def pages() -> dict[Path, str]:
     """Every file that is made here, as it should be."""
-    made = {ROOT / "README.md": readme()}
+    readme, linear = ROOT / "README.md", ROOT / "docs/linear_batch_norm.md"
+    made = {
+        readme: replaced(readme, BEGIN, block(), END),
+        linear: replaced(linear, TIMES, linear_times(), TIMES_END),
+    }
     for result in benchmarks().values():
         if is_cpu_page(result):
             made[RESULTS / "cpu.md"] = cpu_page.page(result, machine(result))
