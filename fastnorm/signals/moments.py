@@ -1,7 +1,7 @@
 """Sums over a tensor that stay on its device: a few small operators a call, no synchronization."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -27,6 +27,12 @@ def keeps_floats(tensor: Tensor) -> bool:
 def number(value: Tensor) -> Number:
     """What is kept of a result of no dimensions."""
     return value.item() if keeps_floats(value) else value
+
+
+def numbers(values: Tensor) -> Sequence[Number]:
+    """What is kept of results in a vector."""
+    kept: Sequence[Number] = values.tolist() if keeps_floats(values) else values.unbind()
+    return kept
 
 
 class First:
@@ -85,17 +91,11 @@ class Moments:
         self.parts: list[Number] = []  # mean, Σ(x − mean)², not zero, saturated
         self.failed = First()
 
-    def add(self, sample: Tensor, bounds: tuple[float, ...], scratch: Tensor) -> None:
-        """One call's sample, of one axis; `scratch` is room for another."""
-        count = sample.numel()
+    def add(self, count: int, mean: Number, m2: Number, nonzero: Number, saturated: Number) -> None:
+        """One call's."""
         self.calls += 1
         if count == 0:
             return
-        average = sample.sum().div_(count)
-        torch.sub(sample, average, out=scratch)
-        mean, m2 = number(average), number(torch.dot(scratch, scratch))
-        nonzero = number(torch.count_nonzero(sample))
-        saturated = number(_saturated(sample, bounds)) if bounds else 0.0
         if self.count:
             before, both = self.parts, self.count + count
             delta = mean - before[0]
@@ -141,6 +141,15 @@ class Norms:
         return math.sqrt(squares / self.calls) if squares >= 0 else math.nan
 
 
+def moments_of(samples: Tensor, bounds: Sequence[float]) -> Iterator[tuple[Number, ...]]:
+    """Of each row mean, Σ(x − mean)², not zero, saturated; `samples` is written to."""
+    nonzero = torch.count_nonzero(samples, 1)
+    saturated = _saturated(samples, *bounds) if bounds else torch.zeros_like(nonzero)
+    mean = samples.sum(1).div_(samples.shape[1])
+    m2 = samples.sub_(mean.unsqueeze(1)).square_().sum(1)
+    return zip(*map(numbers, (mean, m2, nonzero, saturated)), strict=True)
+
+
 def norm(tensor: Tensor) -> Number:
     """√Σ|x|², summed in float32 at least; not finite where an element is not.
 
@@ -173,8 +182,7 @@ def flat(tensor: Tensor) -> Tensor | None:
     return None
 
 
-def _saturated(sample: Tensor, bounds: tuple[float, ...]) -> Tensor:
-    """How many values lie within 1 % of the span from a bound."""
-    low, high = bounds
+def _saturated(samples: Tensor, low: float, high: float) -> Tensor:
+    """How many values of each row lie within 1 % of the span from a bound."""
     margin = 0.01 * (high - low)
-    return ((sample <= low + margin) | (sample >= high - margin)).sum()
+    return ((samples <= low + margin) | (samples >= high - margin)).sum(1)

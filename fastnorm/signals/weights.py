@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastnorm.signals.moments import Number, flat, norm
 from fastnorm.signals.tensors import is_plain
@@ -55,6 +56,19 @@ class Weight:
         """Whether the parameter has no shape yet."""
         return isinstance(self.parameter, nn.UninitializedParameter)
 
+    def attach(self) -> list[RemovableHandle]:
+        """Have `after_backward` called; nothing where it is, or while the weight has no shape."""
+        parameter: Any = self.parameter
+        if self.attached or self.lazy or not parameter.requires_grad:
+            return []
+
+        def seen(parameter: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                self.after_backward(parameter)
+
+        self.attached = True
+        return [parameter.register_post_accumulate_grad_hook(seen)]
+
     def after_backward(self, parameter: Tensor) -> None:
         """Called when the gradient is complete, and still there."""
         gradient = parameter.grad
@@ -83,6 +97,7 @@ class Weight:
             self.ratio = change / before
         self._before = None
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Look at the weight as it is at the end: units that an update told apart are not alike."""
         whole = self.parameter.detach()
