@@ -77,10 +77,11 @@ def _settle_stack(gaps: Sequence[BatchNormGap], batches: Tensor) -> None:
     """Batches are (norms, values, channels), and written to."""
     means = batches.mean(1)
     variances = batches.sub_(means.unsqueeze(1)).square_().mean(1)
-    running = torch.stack([gap.norm.running_var.to(variances) + gap.norm.eps for gap in gaps])
-    for variance, gap in zip(variances, gaps, strict=True):
-        variance.add_(gap.norm.eps)
-    means.sub_(torch.stack([gap.norm.running_mean.to(means) for gap in gaps]))
+    running = torch.stack([gap.norm.running_var for gap in gaps]).to(variances)
+    means.sub_(torch.stack([gap.norm.running_mean for gap in gaps]))
+    eps = [gap.norm.eps for gap in gaps]
+    for rows in (running, variances):
+        torch._foreach_add_(rows.unbind(), eps)
     apart = numbers(means.square_().div_(running).mean(1).sqrt_())
     scaled = numbers(variances.div_(running).log2_().abs_().mean(1))
     for gap, mean, variance in zip(gaps, apart, scaled, strict=True):

@@ -19,7 +19,7 @@ from fastnorm.signals.layers import LayerSignal
 from fastnorm.signals.moments import First, number
 from fastnorm.signals.samples import Samples
 from fastnorm.signals.tensors import inside, is_plain
-from fastnorm.signals.watch import Report, Watch, activation_of, kind, total
+from fastnorm.signals.watch import Report, Watch, kind, total
 from fastnorm.signals.weights import Weight
 from fastnorm.structure import activations
 
@@ -162,7 +162,7 @@ class Signals:
         self._attach_model()
         for name, module in self.model.named_modules():
             if kind(module).watched:
-                self._attach(Watch(name, module, activation_of(module)), module)
+                self._attach(Watch(name, module), module)
         if self.optimizer is not None:
             self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(self.optimizer.register_step_post_hook(self._after_step))

@@ -40,6 +40,8 @@ class Kind(NamedTuple):
     None: as in the layer before."""
     weighted: bool
     batch_norm: bool
+    activates: bool
+    """Whether it may be, or end with, an activation."""
     open: bool = False
     """Whether the functions that it calls are seen, too."""
 
@@ -57,7 +59,8 @@ def _own(parameters: Mapping[str, nn.Parameter | None]) -> Kind:
     """Of a layer that someone has written, with parameters and no parts."""
     weight = parameters.get("weight")
     matrix = weight is not None and not isinstance(weight, UninitializedParameter)
-    return Kind(True, None, bool(matrix and weight is not None and weight.dim() > 1), False, True)
+    weighted = bool(matrix and weight is not None and weight.dim() > 1)
+    return Kind(True, None, weighted, batch_norm=False, activates=False, open=True)
 
 
 def _kind(of: type[nn.Module]) -> Kind:
@@ -65,11 +68,13 @@ def _kind(of: type[nn.Module]) -> Kind:
     passing = issubclass(of, (*layers.VIEWS, *layers.DROPOUTS, *layers.POOLS))
     channels = (nn.modules.batchnorm._NormBase, nn.GroupNorm, *layers.CONVOLUTIONS)
     fused = layers.FUSED_CONVOLUTIONS
+    activation = activations.name_of(of) is not None
     return Kind(
-        watched=signal or (activations.name_of(of) is not None and not passing),
+        watched=signal or (activation and not passing),
         units_last=not issubclass(of, (*channels, *fused)) if signal else None,
         weighted=issubclass(of, WEIGHTED),
         batch_norm=issubclass(of, (*layers.BATCH_NORMS, *layers.FUSED)),
+        activates=activation or issubclass(of, (*layers.NORMS, *layers.FUSED)),
     )
 
 
@@ -79,14 +84,17 @@ _KINDS: dict[type[nn.Module], Kind] = {}
 class Watch:
     """What one layer, or one function called after it, was seen to do."""
 
-    def __init__(self, name: str, module: nn.Module | None, activation: Activation | None) -> None:
-        self.name, self.module = name, module
+    def __init__(
+        self, name: str, module: nn.Module | None, activation: Activation | None = None
+    ) -> None:
+        self.name = name
         self.kind = str(activation) if module is None else type(module).__name__
         self.units_last, self.weighted, self.batch_norm, self.open = None, False, None, False
         if module is not None:
-            _, self.units_last, self.weighted, batch_norm, self.open = kind(module)
+            _, self.units_last, self.weighted, batch_norm, activates, self.open = kind(module)
             self.batch_norm = BatchNormGap(module) if batch_norm else None
-        self.bounds = _bounds(module, activation)
+            activation = activation_of(module) if activates else None
+        self.bounds = _bounds(module, activation) if activation is not None else ()
         self.dying = activation is not None and activation.name in DYING
         self.output, self.gradient = Moments(), Norms()
         self.peak: Tensor | None = None  # by unit, of a ReLU
@@ -202,10 +210,10 @@ def _peak(output: Tensor, axis: int) -> Tensor:
     return output.amax(others)
 
 
-def _bounds(module: Any, activation: Activation | None) -> tuple[float, ...]:
+def _bounds(module: Any, activation: Activation) -> tuple[float, ...]:
     if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
         return module.min_val, module.max_val
-    return BOUNDS.get(activation.name, ()) if activation is not None else ()
+    return BOUNDS.get(activation.name, ())
 
 
 def _weight(module: Any) -> Weight | None:
