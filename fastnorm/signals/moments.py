@@ -38,12 +38,11 @@ def numbers(values: Tensor) -> Sequence[Number]:
 class First:
     """When a quantity was not finite first: a float tells at once, a tensor waits on its device."""
 
-    __slots__ = ("before", "event", "events", "values")
+    __slots__ = ("before", "event", "waiting")
 
     def __init__(self) -> None:
         self.event = math.inf
-        self.values: list[Tensor] = []
-        self.events: list[int] = []
+        self.waiting: list[tuple[int, Tensor]] | None = None
         self.before: Tensor | None = None
 
     def add(self, value: Number, event: int) -> None:
@@ -52,31 +51,33 @@ class First:
             if not math.isfinite(value):
                 self.event = min(self.event, event)
             return
-        self.values.append(value)
-        self.events.append(event)
-        if len(self.values) >= MANY:
-            self._merge()
+        if self.waiting is None:
+            self.waiting = []
+        self.waiting.append((event, value))
+        if len(self.waiting) >= MANY:
+            self._merge(self.waiting)
 
-    def _merge(self) -> None:
+    def _merge(self, waiting: Sequence[tuple[int, Tensor]]) -> None:
         """All events so far as one: inf where all were finite."""
-        device = self.values[0].device
-        stacked = torch.stack([value.to(device) for value in self.values])
-        events = torch.tensor(self.events, dtype=torch.float32).to(device)
+        device = waiting[0][1].device
+        stacked = torch.stack([value.to(device) for _, value in waiting])
+        events = torch.tensor([event for event, _ in waiting], dtype=torch.float32).to(device)
         first = torch.where(stacked.isfinite(), math.inf, events).min()
         if self.before is not None:
             first = torch.minimum(first, self.before.to(device))
-        self.values, self.events, self.before = [], [], first
+        self.waiting, self.before = None, first
 
     @property
     def parts(self) -> list[Number]:
-        return [*self.values] if self.before is None else [*self.values, self.before]
+        waiting: list[Number] = [value for _, value in self.waiting or ()]
+        return waiting if self.before is None else [*waiting, self.before]
 
     def read(self, value: Callable[[Number], float]) -> float:
         """The first event that was not finite; inf: there was none."""
         first = self.event
-        if self.values:
-            seen = zip(self.events, map(value, self.values), strict=True)
-            first = min(first, *(event for event, one in seen if not math.isfinite(one)), math.inf)
+        for event, one in self.waiting or ():
+            if not math.isfinite(value(one)):
+                first = min(first, event)
         return first if self.before is None else min(first, value(self.before))
 
 

@@ -160,9 +160,7 @@ class Signals:
 
     def _attach_all(self) -> None:
         self._attach_model()
-        for name, module in self.model.named_modules():
-            if kind(module).watched:
-                self._attach(Watch(name, module), module)
+        self._attach_layers()
         if self.optimizer is not None:
             self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
@@ -170,30 +168,31 @@ class Signals:
         self._functions = Functions(self._see_function)
         self._listen()
 
-    def _attach(self, watch: Watch, module: nn.Module) -> None:
+    def _attach_layers(self) -> None:
+        watches: dict[nn.Module, Watch] = {}  # without copies of modules, which have the hooks too
+
         def enter(called: nn.Module, args: Any) -> None:
-            # not a copy, which has this hook too
-            if called is module and not watch.open and self._concerned():
+            watch = watches.get(called)
+            if watch is not None and not watch.open and self._concerned():
                 self._running.append(watch)
                 self._listen()
 
         def leave(called: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            if called is module and self._handles and self._concerned():
+            watch = watches.get(called)
+            if watch is not None and self._handles and self._concerned():
                 if watch in self._running:  # else another hook refused the call
                     del self._running[self._running.index(watch) :]
                     self._listen()
                 input = args[0] if args else kwargs.get("input")
-                self._see(watch, module, input, output)
+                self._see(watch, called, input, output)
 
-        # always_call: what is running must be known after an exception
-        handles = [module.register_forward_hook(leave, with_kwargs=True, always_call=True)]
-        handles.append(module.register_forward_pre_hook(enter))
-        self._handles += handles
-        self._attach_weight(watch)
-
-    def _attach_weight(self, watch: Watch) -> None:
-        if watch.weight is not None:
-            self._handles += watch.weight.attach()
+        for name, module in self.model.named_modules():
+            if kind(module).watched:
+                watch = watches[module] = Watch(name, module)
+                # always_call: what is running must be known after an exception
+                handle = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+                self._handles += [handle, module.register_forward_pre_hook(enter)]
+                self._handles += watch.attach()
 
     def _see(self, watch: Watch, module: nn.Module | None, input: Any, output: Any) -> None:
         tensor = output
@@ -218,7 +217,7 @@ class Signals:
     def _measure(self, watch: Watch, input: Any, tensor: Tensor) -> None:
         if watch.name not in self._watches:
             self._watches[watch.name] = watch
-            self._attach_weight(watch)
+            self._handles += watch.attach()
         self._event += 1
         output, version = tensor.detach(), -1 if tensor.is_inference() else tensor._version
         gap = watch.batch_norm

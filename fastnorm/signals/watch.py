@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.hooks import RemovableHandle
 
 from fastnorm.signals.gaps import BatchNormGap
 from fastnorm.signals.layers import LayerSignal
@@ -101,6 +102,10 @@ class Watch:
         self.dead: Number = math.nan
         self.values = 0
         self.weight = _weight(module)
+
+    def attach(self) -> list[RemovableHandle]:
+        """A hook on the weight, where there is one, and none yet."""
+        return [] if self.weight is None else self.weight.attach()
 
     def forward(self, output: Tensor, event: int, last: bool, samples: Samples) -> Tensor:
         """See a call's output, detached; the sample of it, (values, units)."""
