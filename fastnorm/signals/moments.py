@@ -144,7 +144,8 @@ class Norms:
 
 def moments_of(samples: Tensor, bounds: Sequence[float]) -> Iterator[tuple[Number, ...]]:
     """Of each row mean, Σ(x − mean)², not zero, saturated; `samples` is written to."""
-    nonzero = torch.count_nonzero(samples, 1)
+    # as floats: torch writes and counts bools at a third of that speed
+    nonzero = torch.ne(samples, 0, out=torch.empty_like(samples)).sum(1)
     saturated = _saturated(samples, *bounds) if bounds else torch.zeros_like(nonzero)
     mean = samples.sum(1).div_(samples.shape[1])
     m2 = samples.sub_(mean.unsqueeze(1)).square_().sum(1)
