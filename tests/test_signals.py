@@ -1,19 +1,22 @@
 """fastnorm.signals: what is recorded is what went through; each finding where it is due, only."""
 
+import gc
 import math
 import re
+import weakref
 
 import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import nn
+from torch.overrides import BaseTorchFunctionMode
 
 import fastnorm
 from fastnorm import init, signals
 from fastnorm.cli.models import FASTNORM, MODELS
 from fastnorm.signals import moments, watch
-from fastnorm.signals.moments import First, Moments
+from fastnorm.signals.moments import First, Moments, moments_of
 from fastnorm.signals.samples import Samples, units_axis
 from fastnorm.signals.weights import alike
 
@@ -104,8 +107,8 @@ def test_moments_far_from_zero_are_exact():
     """E[x²] − E[x]² of these would be off by more than the variance itself, in float32 at least."""
     parts = [1e8 + torch.randn(50, 2, dtype=torch.float64) for _ in range(3)]
     found = Moments()
-    for part in parts:
-        found.add(part.flatten(), (), torch.empty(100, dtype=torch.float64))
+    for one in moments_of(torch.stack(parts).flatten(1), ()):
+        found.add(100, *one)
     numbers = found.read(float)
     want = torch.cat(parts)
     assert numbers["mean"] == pytest.approx(want.mean().item(), rel=1e-14)
@@ -764,7 +767,7 @@ def test_nothing_seen_is_shown_too(tmp_path):
 
 
 def test_one_transfer_for_all(monkeypatch):
-    """No number leaves a device other than the CPU before the end."""
+    """No number leaves a device other than the CPU before the report is asked for."""
     calls = []
     monkeypatch.setattr(moments, "keeps_floats", lambda tensor: False)
     kept = watch.OnCpu
@@ -772,9 +775,69 @@ def test_one_transfer_for_all(monkeypatch):
     refused = ("item", "tolist", "cpu", "__float__", "__bool__", "__int__")
     model = MODELS["resnet"].build(FASTNORM, torch.Size([1, 8, 8]), 10)
     x = torch.randn(16, 1, 8, 8)
-    with signals.record(model) as seen, pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, signals.record(model) as seen:
         for name in refused:
             patch.setattr(torch.Tensor, name, lambda *a: pytest.fail("a synchronization"))
         model(x).sum().backward()
-    assert calls == [1]
+    assert calls == []
     assert len(seen.layers) > 20
+    assert seen.findings() is not None
+    assert calls == [1]
+
+
+def test_the_report_is_of_the_end_of_the_block():
+    """It is computed when it is asked for, of nothing that may have changed since."""
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.ReLU()), torch.randn(40, 6)
+    start = {name: value.clone() for name, value in model.state_dict().items()}
+    reports = []
+    for later in (False, True):
+        model.load_state_dict(start)
+        with signals.record(model) as seen:
+            (model(x) ** 2).sum().backward()
+        if later:
+            model.eval()
+            with torch.no_grad():
+                for value in model.state_dict().values():
+                    value.fill_(0)
+        reports.append(seen.layers)
+        assert seen.layers is reports[-1]
+        model.train()
+        model.zero_grad()
+    assert repr(reports[0]) == repr(reports[1])
+
+
+def test_a_recording_is_freed_with_its_last_reference():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU())
+    with signals.record(model) as seen:
+        model(torch.randn(4, 6)).sum().backward()
+    kept = weakref.ref(seen)
+    gc.disable()
+    try:
+        del seen
+        assert kept() is None
+    finally:
+        gc.enable()
+
+
+def test_functions_are_not_watched_within_layers():
+    """Each costs 2 µs while they are."""
+    on = []
+
+    class Asks(nn.Linear):
+        def forward(self, input):
+            on.append(len(torch.overrides._get_current_function_mode_stack()))
+            return super().forward(input)
+
+    class Model(nn.Sequential):
+        def forward(self, input):
+            input = super().forward(input)
+            on.append(len(torch.overrides._get_current_function_mode_stack()))
+            with BaseTorchFunctionMode():  # nor is it taken from below another
+                return F.relu(super().forward(input))
+
+    model = Model(Asks(4, 4))
+    with signals.record(model) as seen:
+        model(torch.randn(3, 4))
+    assert on == [0, 1, 2]
+    assert [layer.name for layer in seen.layers] == ["0", "0 → relu"]
+    assert torch.overrides._get_current_function_mode_stack() == []

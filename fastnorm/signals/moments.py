@@ -1,7 +1,7 @@
 """Sums over a tensor that stay on its device: a few small operators a call, no synchronization."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeAlias
 
 import torch
@@ -29,15 +29,20 @@ def number(value: Tensor) -> Number:
     return value.item() if keeps_floats(value) else value
 
 
+def numbers(values: Tensor) -> Sequence[Number]:
+    """What is kept of results in a vector."""
+    kept: Sequence[Number] = values.tolist() if keeps_floats(values) else values.unbind()
+    return kept
+
+
 class First:
     """When a quantity was not finite first: a float tells at once, a tensor waits on its device."""
 
-    __slots__ = ("before", "event", "events", "values")
+    __slots__ = ("before", "event", "waiting")
 
     def __init__(self) -> None:
         self.event = math.inf
-        self.values: list[Tensor] = []
-        self.events: list[int] = []
+        self.waiting: list[tuple[int, Tensor]] | None = None
         self.before: Tensor | None = None
 
     def add(self, value: Number, event: int) -> None:
@@ -46,31 +51,33 @@ class First:
             if not math.isfinite(value):
                 self.event = min(self.event, event)
             return
-        self.values.append(value)
-        self.events.append(event)
-        if len(self.values) >= MANY:
-            self._merge()
+        if self.waiting is None:
+            self.waiting = []
+        self.waiting.append((event, value))
+        if len(self.waiting) >= MANY:
+            self._merge(self.waiting)
 
-    def _merge(self) -> None:
+    def _merge(self, waiting: Sequence[tuple[int, Tensor]]) -> None:
         """All events so far as one: inf where all were finite."""
-        device = self.values[0].device
-        stacked = torch.stack([value.to(device) for value in self.values])
-        events = torch.tensor(self.events, dtype=torch.float32).to(device)
+        device = waiting[0][1].device
+        stacked = torch.stack([value.to(device) for _, value in waiting])
+        events = torch.tensor([event for event, _ in waiting], dtype=torch.float32).to(device)
         first = torch.where(stacked.isfinite(), math.inf, events).min()
         if self.before is not None:
             first = torch.minimum(first, self.before.to(device))
-        self.values, self.events, self.before = [], [], first
+        self.waiting, self.before = None, first
 
     @property
     def parts(self) -> list[Number]:
-        return [*self.values] if self.before is None else [*self.values, self.before]
+        waiting: list[Number] = [value for _, value in self.waiting or ()]
+        return waiting if self.before is None else [*waiting, self.before]
 
     def read(self, value: Callable[[Number], float]) -> float:
         """The first event that was not finite; inf: there was none."""
         first = self.event
-        if self.values:
-            seen = zip(self.events, map(value, self.values), strict=True)
-            first = min(first, *(event for event, one in seen if not math.isfinite(one)), math.inf)
+        for event, one in self.waiting or ():
+            if not math.isfinite(value(one)):
+                first = min(first, event)
         return first if self.before is None else min(first, value(self.before))
 
 
@@ -85,17 +92,11 @@ class Moments:
         self.parts: list[Number] = []  # mean, Σ(x − mean)², not zero, saturated
         self.failed = First()
 
-    def add(self, sample: Tensor, bounds: tuple[float, ...], scratch: Tensor) -> None:
-        """One call's sample, of one axis; `scratch` is room for another."""
-        count = sample.numel()
+    def add(self, count: int, mean: Number, m2: Number, nonzero: Number, saturated: Number) -> None:
+        """One call's."""
         self.calls += 1
         if count == 0:
             return
-        average = sample.sum().div_(count)
-        torch.sub(sample, average, out=scratch)
-        mean, m2 = number(average), number(torch.dot(scratch, scratch))
-        nonzero = number(torch.count_nonzero(sample))
-        saturated = number(_saturated(sample, bounds)) if bounds else 0.0
         if self.count:
             before, both = self.parts, self.count + count
             delta = mean - before[0]
@@ -141,6 +142,16 @@ class Norms:
         return math.sqrt(squares / self.calls) if squares >= 0 else math.nan
 
 
+def moments_of(samples: Tensor, bounds: Sequence[float]) -> Iterator[tuple[Number, ...]]:
+    """Of each row mean, Σ(x − mean)², not zero, saturated; `samples` is written to."""
+    # as floats: torch writes and counts bools at a third of that speed
+    nonzero = torch.ne(samples, 0, out=torch.empty_like(samples)).sum(1)
+    saturated = _saturated(samples, *bounds) if bounds else torch.zeros_like(nonzero)
+    mean = samples.sum(1).div_(samples.shape[1])
+    m2 = samples.sub_(mean.unsqueeze(1)).square_().sum(1)
+    return zip(*map(numbers, (mean, m2, nonzero, saturated)), strict=True)
+
+
 def norm(tensor: Tensor) -> Number:
     """√Σ|x|², summed in float32 at least; not finite where an element is not.
 
@@ -173,8 +184,7 @@ def flat(tensor: Tensor) -> Tensor | None:
     return None
 
 
-def _saturated(sample: Tensor, bounds: tuple[float, ...]) -> Tensor:
-    """How many values lie within 1 % of the span from a bound."""
-    low, high = bounds
+def _saturated(samples: Tensor, low: float, high: float) -> Tensor:
+    """How many values of each row lie within 1 % of the span from a bound."""
     margin = 0.01 * (high - low)
-    return ((sample <= low + margin) | (sample >= high - margin)).sum()
+    return ((samples <= low + margin) | (samples >= high - margin)).sum(1)

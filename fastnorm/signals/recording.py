@@ -1,6 +1,5 @@
 """record: hooks on every layer of a model, there while a block runs."""
 
-import math
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,7 +19,8 @@ from fastnorm.signals.layers import LayerSignal
 from fastnorm.signals.moments import First, number
 from fastnorm.signals.samples import Samples
 from fastnorm.signals.tensors import inside, is_plain
-from fastnorm.signals.watch import Watch, activation_of, collect, kind, total
+from fastnorm.signals.watch import Report, Watch, kind, total
+from fastnorm.signals.weights import Weight
 from fastnorm.structure import activations
 
 SAMPLE = 2**13
@@ -36,10 +36,11 @@ def record(
 
     for each layer, norm and activation l: those called as functions of torch in the model's forward
     included, and modules of your own with parameters and no parts. Everything is summed on the
-    model's device as it passes; one transfer at the end of the block brings the numbers. Hooks are
-    removed there, also after an exception. The model's results do not change, but for rounding
-    where something was compiled, or a transformer in evaluation took torch's fused path: in the
-    block modules run one by one. Calls by other threads are not recorded.
+    model's device as it passes; one transfer brings the numbers when they are first asked for.
+    Hooks are removed at the end of the block, also after an exception. The model's results do not
+    change, but for rounding where something was compiled, or a transformer in evaluation took
+    torch's fused path: in the block modules run one by one. Calls by other threads are not
+    recorded.
 
     Args:
         model: any module; several forward and backward passes in the block are merged.
@@ -79,9 +80,7 @@ class Signals:
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, sample: int) -> None:
         model = checked(model, optimizer, sample)
         self.model, self.optimizer, self.sample = model, optimizer, sample
-        self.layers: list[LayerSignal] = []
-        """In the order in which they were first called; filled at the end of the block."""
-        self.input_failed = math.inf
+        self._report = Report([], First())
         self._watches: dict[str, Watch] = {}
         self._handles: list[RemovableHandle] = []
         self._around = ExitStack()
@@ -92,6 +91,7 @@ class Signals:
         self._event = 0
         self._inputs = First()
         self._depth = 0  # calls of the model that are running
+        self._called = False  # before the first, the model's parts alone may be called
         self._thread = 0  # others run as if nothing was
         self._running: list[Watch] = []  # layers that are running: their own functions are not seen
         self._last: str | None = (
@@ -99,9 +99,19 @@ class Signals:
         )
         self._units_last = False
 
+    @property
+    def layers(self) -> list[LayerSignal]:
+        """In the order in which they were first called; empty before the end of the block."""
+        return self._report.found[0]
+
+    @property
+    def input_failed(self) -> float:
+        """When an input was not finite first, as a layer's `failed`."""
+        return self._report.found[1]
+
     def findings(self) -> list[Finding]:
         """What is wrong, each with its evidence and a remedy; empty where nothing was found."""
-        return find(self.model, self.layers, self.input_failed)
+        return find(self.model, *self._report.found)
 
     def table(self) -> str:
         """Plain text, a line for each layer."""
@@ -119,9 +129,10 @@ class Signals:
     def __enter__(self) -> "Signals":
         if self._handles:
             raise RuntimeError("this recording runs already; call record() again for another")
-        self._watches, self.layers, self._last = {}, [], None
+        self._watches, self._last, self._called = {}, None, False
         self._thread = threading.get_ident()
-        self._inputs, self.input_failed = First(), math.inf
+        self._inputs = First()
+        self._report = Report([], First())
         try:
             self._attach_all()
         except BaseException:
@@ -135,58 +146,53 @@ class Signals:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._see_functions(False)
+        if self._functions is not None:
+            self._functions.stop()
+            self._functions = None
         self._around.close()
         for handle in self._handles:
             handle.remove()
         self._handles, self._running, self._depth = [], [], 0
         self._samples.finish()
-        self.layers, self.input_failed = collect(list(self._watches.values()), self._inputs)
+        self._report = Report(self._watches.values(), self._inputs)
         self._watches, self._output, self._known = {}, None, None
         self._samples = Samples(self.sample)
 
     def _attach_all(self) -> None:
         self._attach_model()
-        for name, module in self.model.named_modules():
-            if kind(module).watched:
-                self._attach(Watch(name, module, activation_of(module)), module)
+        self._attach_layers()
         if self.optimizer is not None:
             self._handles.append(self.optimizer.register_step_pre_hook(self._before_step))
             self._handles.append(self.optimizer.register_step_post_hook(self._after_step))
         self._around.enter_context(module_by_module(self.model))
-        self._see_functions(True)
+        self._functions = Functions(self._see_function)
+        self._listen()
 
-    def _attach(self, watch: Watch, module: nn.Module) -> None:
+    def _attach_layers(self) -> None:
+        watches: dict[nn.Module, Watch] = {}  # without copies of modules, which have the hooks too
+
         def enter(called: nn.Module, args: Any) -> None:
-            # not a copy, which has this hook too
-            if called is module and not watch.open and self._concerned():
+            watch = watches.get(called)
+            if watch is not None and not watch.open and self._concerned():
                 self._running.append(watch)
+                self._listen()
 
         def leave(called: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-            if called is module and self._handles and self._concerned():
+            watch = watches.get(called)
+            if watch is not None and self._handles and self._concerned():
                 if watch in self._running:  # else another hook refused the call
                     del self._running[self._running.index(watch) :]
+                    self._listen()
                 input = args[0] if args else kwargs.get("input")
-                self._see(watch, module, input, output)
+                self._see(watch, called, input, output)
 
-        # always_call: what is running must be known after an exception
-        handles = [module.register_forward_hook(leave, with_kwargs=True, always_call=True)]
-        handles.append(module.register_forward_pre_hook(enter))
-        self._handles += handles
-        self._attach_weight(watch)
-
-    def _attach_weight(self, watch: Watch) -> None:
-        weight = watch.weight
-        if weight is None or weight.attached or weight.lazy or not weight.parameter.requires_grad:
-            return
-
-        def seen(parameter: Tensor) -> None:
-            with torch._C.DisableTorchFunction():
-                weight.after_backward(parameter)
-
-        weight.attached = True
-        parameter: Any = weight.parameter
-        self._handles.append(parameter.register_post_accumulate_grad_hook(seen))
+        for name, module in self.model.named_modules():
+            if kind(module).watched:
+                watch = watches[module] = Watch(name, module)
+                # always_call: what is running must be known after an exception
+                handle = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
+                self._handles += [handle, module.register_forward_pre_hook(enter)]
+                self._handles += watch.attach()
 
     def _see(self, watch: Watch, module: nn.Module | None, input: Any, output: Any) -> None:
         tensor = output
@@ -211,7 +217,7 @@ class Signals:
     def _measure(self, watch: Watch, input: Any, tensor: Tensor) -> None:
         if watch.name not in self._watches:
             self._watches[watch.name] = watch
-            self._attach_weight(watch)
+            self._handles += watch.attach()
         self._event += 1
         output, version = tensor.detach(), -1 if tensor.is_inference() else tensor._version
         gap = watch.batch_norm
@@ -242,14 +248,15 @@ class Signals:
         def enter(called: nn.Module, args: Any, kwargs: Any) -> None:
             if called is self.model and threading.get_ident() == self._thread:
                 self._depth += 1
-                self._see_functions(True)
+                self._called = True
+                self._listen()
                 if torch._C._current_graph_task_id() < 0:
                     self._see_input((args, kwargs))
 
         def leave(called: nn.Module, args: Any, output: Any) -> None:
             if called is self.model and threading.get_ident() == self._thread:
                 self._depth = max(0, self._depth - 1)
-                self._see_functions(self._depth > 0)
+                self._listen()
 
         self._handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
         self._handles.append(self.model.register_forward_hook(leave, always_call=True))
@@ -259,17 +266,10 @@ class Signals:
         mine = threading.get_ident() == self._thread
         return mine or torch._C._current_graph_task_id() >= 0
 
-    def _see_functions(self, on: bool) -> None:
-        """From the start, in case that the model's parts alone are called; then within its calls.
-
-        Each function and attribute of a tensor is slower by 2 µs then, those of an optimizer too.
-        """
-        if on and self._functions is None:
-            self._functions = Functions(self._see_function)
-            self._functions.__enter__()  # type: ignore[no-untyped-call]
-        elif not on and self._functions is not None:
-            self._functions.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._functions = None
+    def _listen(self) -> None:
+        """To functions in the model's calls, and before the first, but not inside of layers."""
+        if self._functions is not None and threading.get_ident() == self._thread:
+            self._functions.listen(not self._running and (self._depth > 0 or not self._called))
 
     def _see_input(self, arguments: Any) -> None:
         self._event += 1
@@ -288,11 +288,12 @@ class Signals:
         self._see(self._watches.get(key) or Watch(key, None, activation), None, None, output)
 
     def _before_step(self, *_: Any) -> None:
-        for watch in self._watches.values():
-            if watch.weight is not None:
-                watch.weight.before_step(self.sample)
+        for weight in self._weights():
+            weight.before_step(self.sample)
 
     def _after_step(self, *_: Any) -> None:
-        for watch in self._watches.values():
-            if watch.weight is not None:
-                watch.weight.after_step(self.sample)
+        for weight in self._weights():
+            weight.after_step(self.sample)
+
+    def _weights(self) -> list[Weight]:
+        return [watch.weight for watch in self._watches.values() if watch.weight is not None]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -91,11 +91,23 @@ class Samples:
         buffer.as_strided(shape, dense, start).copy_(picked)
         return buffer.as_strided((values, shape[-1]), (shape[-1], 1), start)
 
-    def scratch(self, sample: Tensor) -> Tensor:
-        """Room for a tensor like this sample; memory from the system costs more than to fill it."""
-        if sample.numel() > SPACE:
-            return torch.empty_like(sample)
-        return _buffer(self._scratch, sample.device).as_strided(sample.shape, sample.stride())
+    def stacks(self, samples: Sequence[Tensor]) -> Iterator[tuple[list[int], Tensor]]:
+        """Those of one shape at a time, as (their places among `samples`, a copy to write to)."""
+        alike: dict[tuple[torch.device, torch.Size], list[int]] = {}
+        for place, sample in enumerate(samples):
+            alike.setdefault((sample.device, sample.shape), []).append(place)
+        for (device, shape), places in alike.items():
+            most = max(1, SPACE // max(1, shape.numel()))
+            for first in range(0, len(places), most):
+                some = places[first : first + most]
+                room = self._room((len(some), *shape), device)
+                yield some, torch.stack([samples[place] for place in some], out=room)
+
+    def _room(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Memory from the system costs more than to fill it."""
+        if math.prod(shape) > SPACE:
+            return torch.empty(shape, dtype=_wide(device), device=device)
+        return _buffer(self._scratch, device)[: math.prod(shape)].view(shape)
 
     def later(self, work: Callable[[list[Any], Samples], None], item: Any) -> None:
         """Call `work` with all its items, before the samples among them are overwritten."""

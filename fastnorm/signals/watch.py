@@ -1,16 +1,18 @@
 """Watch: the hooks on one layer, and what they add up."""
 
+import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
+from torch.utils.hooks import RemovableHandle
 
 from fastnorm.signals.gaps import BatchNormGap
 from fastnorm.signals.layers import LayerSignal
-from fastnorm.signals.moments import First, Moments, Norms, Number, number
+from fastnorm.signals.moments import First, Moments, Norms, Number, moments_of, number
 from fastnorm.signals.samples import Samples, units_axis
 from fastnorm.signals.tensors import OnCpu
 from fastnorm.signals.weights import Weight, alike
@@ -39,6 +41,8 @@ class Kind(NamedTuple):
     None: as in the layer before."""
     weighted: bool
     batch_norm: bool
+    activates: bool
+    """Whether it may be, or end with, an activation."""
     open: bool = False
     """Whether the functions that it calls are seen, too."""
 
@@ -56,7 +60,8 @@ def _own(parameters: Mapping[str, nn.Parameter | None]) -> Kind:
     """Of a layer that someone has written, with parameters and no parts."""
     weight = parameters.get("weight")
     matrix = weight is not None and not isinstance(weight, UninitializedParameter)
-    return Kind(True, None, bool(matrix and weight is not None and weight.dim() > 1), False, True)
+    weighted = bool(matrix and weight is not None and weight.dim() > 1)
+    return Kind(True, None, weighted, batch_norm=False, activates=False, open=True)
 
 
 def _kind(of: type[nn.Module]) -> Kind:
@@ -64,11 +69,13 @@ def _kind(of: type[nn.Module]) -> Kind:
     passing = issubclass(of, (*layers.VIEWS, *layers.DROPOUTS, *layers.POOLS))
     channels = (nn.modules.batchnorm._NormBase, nn.GroupNorm, *layers.CONVOLUTIONS)
     fused = layers.FUSED_CONVOLUTIONS
+    activation = activations.name_of(of) is not None
     return Kind(
-        watched=signal or (activations.name_of(of) is not None and not passing),
+        watched=signal or (activation and not passing),
         units_last=not issubclass(of, (*channels, *fused)) if signal else None,
         weighted=issubclass(of, WEIGHTED),
         batch_norm=issubclass(of, (*layers.BATCH_NORMS, *layers.FUSED)),
+        activates=activation or issubclass(of, (*layers.NORMS, *layers.FUSED)),
     )
 
 
@@ -78,20 +85,27 @@ _KINDS: dict[type[nn.Module], Kind] = {}
 class Watch:
     """What one layer, or one function called after it, was seen to do."""
 
-    def __init__(self, name: str, module: nn.Module | None, activation: Activation | None) -> None:
-        self.name, self.module = name, module
+    def __init__(
+        self, name: str, module: nn.Module | None, activation: Activation | None = None
+    ) -> None:
+        self.name = name
         self.kind = str(activation) if module is None else type(module).__name__
         self.units_last, self.weighted, self.batch_norm, self.open = None, False, None, False
         if module is not None:
-            _, self.units_last, self.weighted, batch_norm, self.open = kind(module)
+            _, self.units_last, self.weighted, batch_norm, activates, self.open = kind(module)
             self.batch_norm = BatchNormGap(module) if batch_norm else None
-        self.bounds = _bounds(module, activation)
+            activation = activation_of(module) if activates else None
+        self.bounds = _bounds(module, activation) if activation is not None else ()
         self.dying = activation is not None and activation.name in DYING
         self.output, self.gradient = Moments(), Norms()
         self.peak: Tensor | None = None  # by unit, of a ReLU
         self.dead: Number = math.nan
         self.values = 0
         self.weight = _weight(module)
+
+    def attach(self) -> list[RemovableHandle]:
+        """A hook on the weight, where there is one, and none yet."""
+        return [] if self.weight is None else self.weight.attach()
 
     def forward(self, output: Tensor, event: int, last: bool, samples: Samples) -> Tensor:
         """See a call's output, detached; the sample of it, (values, units)."""
@@ -112,11 +126,11 @@ class Watch:
         self.gradient.add(gradient.detach(), event)
 
     def finish(self) -> None:
-        """What remains to be computed at the end of a recording."""
-        if self.peak is not None:
-            self.dead = number((self.peak <= 0).sum())
+        """See what may change after the recording."""
         if self.weight is not None:
             self.weight.finish()
+        if self.batch_norm is not None:
+            self.batch_norm.finish()
 
     def parts(self) -> list[Number]:
         """All that may have to come from a device."""
@@ -152,28 +166,44 @@ class Watch:
         )
 
 
+class Report:
+    """What a recording has seen: it looks at what may change now, at the rest when it is asked."""
+
+    def __init__(self, watches: Iterable[Watch], inputs: First) -> None:
+        self.watches, self.inputs = list(watches), inputs
+        for watch in self.watches:
+            watch.finish()
+
+    @functools.cached_property
+    @torch.no_grad()
+    def found(self) -> tuple[list[LayerSignal], float]:
+        """Each layer's numbers, and when an input was not finite: one transfer from each device."""
+        watches, self.watches = self.watches, []
+        for watch in watches:
+            if watch.peak is not None:
+                watch.dead = number((watch.peak <= 0).sum())
+        pairs = [watch.weight.projections if watch.weight else None for watch in watches]
+        vectors = [vector for pair in pairs if pair is not None for vector in pair]
+        parts = [part for watch in watches for part in watch.parts()]
+        home = OnCpu([*self.inputs.parts, *parts, *vectors])
+        vectors = [home.vector(vector) for vector in vectors]
+        shares = iter(alike(list(zip(vectors[::2], vectors[1::2], strict=True))))
+        found = [
+            watch.read(home.number, 0.0 if pair is None else next(shares))
+            for watch, pair in zip(watches, pairs, strict=True)
+        ]
+        return found, self.inputs.read(home.number)
+
+
 @torch.no_grad()
-def collect(watches: Sequence[Watch], inputs: First) -> tuple[list[LayerSignal], float]:
-    """Every layer's numbers, and when an input was not finite: by one transfer from each device."""
-    for watch in watches:
-        watch.finish()
-    pairs = [watch.weight.projections if watch.weight else None for watch in watches]
-    vectors = [vector for pair in pairs if pair is not None for vector in pair]
-    parts = [part for watch in watches for part in watch.parts()]
-    home = OnCpu([*inputs.parts, *parts, *vectors])
-    vectors = [home.vector(vector) for vector in vectors]
-    shares = iter(alike(list(zip(vectors[::2], vectors[1::2], strict=True))))
-    found = [
-        watch.read(home.number, 0.0 if pair is None else next(shares))
-        for watch, pair in zip(watches, pairs, strict=True)
-    ]
-    return found, inputs.read(home.number)
-
-
 def _add(items: Sequence[tuple[Watch, Tensor]], samples: Samples) -> None:
+    bounded: dict[tuple[float, ...], list[tuple[Watch, Tensor]]] = {}
     for watch, picked in items:
-        sample = picked.view(-1)
-        watch.output.add(sample, watch.bounds, samples.scratch(sample))
+        bounded.setdefault(watch.bounds, []).append((watch, picked.view(-1)))
+    for bounds, group in bounded.items():
+        for places, stack in samples.stacks([sample for _, sample in group]):
+            for place, found in zip(places, moments_of(stack, bounds), strict=True):
+                group[place][0].output.add(stack.shape[1], *found)
 
 
 def _peak(output: Tensor, axis: int) -> Tensor:
@@ -185,10 +215,10 @@ def _peak(output: Tensor, axis: int) -> Tensor:
     return output.amax(others)
 
 
-def _bounds(module: Any, activation: Activation | None) -> tuple[float, ...]:
+def _bounds(module: Any, activation: Activation) -> tuple[float, ...]:
     if isinstance(module, nn.Hardtanh) and not isinstance(module, nn.ReLU6):
         return module.min_val, module.max_val
-    return BOUNDS.get(activation.name, ()) if activation is not None else ()
+    return BOUNDS.get(activation.name, ())
 
 
 def _weight(module: Any) -> Weight | None:

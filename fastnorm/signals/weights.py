@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fastnorm.signals.moments import Number, flat, norm
 from fastnorm.signals.tensors import is_plain
@@ -55,6 +56,19 @@ class Weight:
         """Whether the parameter has no shape yet."""
         return isinstance(self.parameter, nn.UninitializedParameter)
 
+    def attach(self) -> list[RemovableHandle]:
+        """Have `after_backward` called; nothing where it is, or while the weight has no shape."""
+        parameter: Any = self.parameter
+        if self.attached or self.lazy or not parameter.requires_grad:
+            return []
+
+        def seen(parameter: Tensor) -> None:
+            with torch._C.DisableTorchFunction():
+                self.after_backward(parameter)
+
+        self.attached = True
+        return [parameter.register_post_accumulate_grad_hook(seen)]
+
     def after_backward(self, parameter: Tensor) -> None:
         """Called when the gradient is complete, and still there."""
         gradient = parameter.grad
@@ -83,6 +97,7 @@ class Weight:
             self.ratio = change / before
         self._before = None
 
+    @torch.no_grad()
     def finish(self) -> None:
         """Look at the weight as it is at the end: units that an update told apart are not alike."""
         whole = self.parameter.detach()
@@ -144,13 +159,7 @@ def _rows_of(module: Any) -> int | None:
 
 
 def _project(weight: Tensor, axis: int, out: Tensor | None) -> Tensor:
-    units = weight.shape[axis]
-    whole = flat(weight) if axis == 0 else None
-    if whole is not None:  # no copy; the order within a row is any, the same for all rows
-        rows = _middle(whole.view(units, -1), COLUMNS)
-    else:
-        first = weight.movedim(axis, 0)
-        rows = _middle(first, max(1, COLUMNS // first[0, 0].numel())).flatten(1)
+    rows = _rows(weight, axis)
     wide = torch.promote_types(rows.dtype, torch.float32)
     if out is not None and (out.dtype is not wide or out.device != rows.device):
         out = None  # the model has been moved
@@ -159,9 +168,18 @@ def _project(weight: Tensor, axis: int, out: Tensor | None) -> Tensor:
         return torch.mv(rows.to(wide), vector, out=out)  # in 16 bits units would look alike
 
 
-def _middle(rows: Tensor, count: int) -> Tensor:
-    start = max(0, (rows.shape[1] - count) // 2)
-    return rows[:, start : start + count]
+def _rows(weight: Tensor, axis: int) -> Tensor:
+    """The middle of each unit's weights, in any order that is the same for all units."""
+    whole = flat(weight) if axis == 0 else None
+    if whole is not None:
+        units, length = weight.shape[0], len(whole) // weight.shape[0]
+        count = min(COLUMNS, length)
+        start = whole.storage_offset() + (length - count) // 2
+        return whole.as_strided((units, count), (length, 1), start)
+    first = weight.movedim(axis, 0)
+    count = max(1, COLUMNS // first[0, 0].numel())
+    start = max(0, (first.shape[1] - count) // 2)
+    return first[:, start : start + count].flatten(1)
 
 
 @functools.cache

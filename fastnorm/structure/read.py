@@ -1,12 +1,13 @@
 """Structure: the facts about a model that initialization and findings ask for."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
 
 from fastnorm.structure import activations, layers
 from fastnorm.structure.activations import Activation
+from fastnorm.structure.behaviour import activations_of
 from fastnorm.structure.trace import Reader, ancestors, descend, trace
 
 
@@ -53,19 +54,22 @@ class Structure:
 
 
 def read(model: nn.Module) -> Structure:
-    """What follows what in `model`; nothing runs but its forward, on placeholders."""
+    """What follows what in `model`; nothing runs but its forward, on placeholders.
+
+    And, on a few numbers, the forward of modules that may be activations: see `behaviour`.
+    """
     prefix = layers.wrapped(model)
     if prefix:
         return _renamed(read(model._modules[prefix]), prefix)  # type: ignore[arg-type]
-    structure = Structure()
+    structure, found = Structure(), activations_of(model)
     try:
-        graph = trace(model)
+        graph = trace(model, found)
     except Exception as error:  # a forward may raise anything when its tensors have no values
         structure.untraced = f"{type(error).__name__}: {error}".splitlines()[0]
-        _from_order(model, structure)
+        _from_order(model, structure, found)
     else:
-        _from_graph(Reader(model, graph), structure, lone=layers.is_unit(model))
-    _from_composites(model, structure)
+        _from_graph(Reader(model, graph, found), structure, lone=layers.is_unit(model))
+    _from_composites(model, structure, found)
     return structure
 
 
@@ -181,12 +185,14 @@ def _fused(name: str, module: nn.Module, structure: Structure) -> None:
     structure.straight[_join(name, layer)] = _join(name, norm)
 
 
-def _from_order(model: nn.Module, structure: Structure) -> None:
+def _from_order(
+    model: nn.Module, structure: Structure, found: Mapping[nn.Module, Activation]
+) -> None:
     """Where there is no graph: the next activation defined, and neighbours in a Sequential."""
     waiting: list[str] = []
     seen: set[nn.Module] = set()
     for name, module in _everywhere(model):
-        activation = activations.of_module(module)
+        activation = found.get(module)
         if activation is None and isinstance(module, layers.NORMS):
             activation = activations.of_norm(module)
         if activation is not None:
@@ -245,14 +251,16 @@ def _neighbours(
             last = module
 
 
-def _from_composites(model: nn.Module, structure: Structure) -> None:
+def _from_composites(
+    model: nn.Module, structure: Structure, found: Mapping[nn.Module, Activation]
+) -> None:
     """Torch's transformer layers, which no trace looks into."""
     for name, module in model.named_modules():
         if not isinstance(module, layers.COMPOSITES):
             continue
         activation = module.activation
         structure.following[_join(name, "linear1")] = (
-            activations.of_module(activation)
+            found.get(activation)
             if isinstance(activation, nn.Module)
             else activations.of_function(activation)
         )

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
@@ -12,13 +12,17 @@ from fastnorm.structure.activations import Activation
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, found: Mapping[nn.Module, Activation]) -> None:
+        super().__init__()
+        self.activations = found  # from before: a parameter is a placeholder now
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if isinstance(m, nn.Sequential | nn.ModuleList | nn.ModuleDict):
             return False
         known = (*layers.LAYERS, *layers.NORMS, *layers.COMPOSITES, *layers.FUSED)
         return (
             isinstance(m, known)
-            or activations.name_of(type(m)) is not None  # its slope would be a placeholder now
+            or m in self.activations
             or super().is_leaf_module(m, module_qualified_name)
         )
 
@@ -29,7 +33,7 @@ class _Tracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
 
-def trace(model: nn.Module) -> fx.Graph:
+def trace(model: nn.Module, found: Mapping[nn.Module, Activation]) -> fx.Graph:
     """The graph of `model(x, …)`, arguments with a default left at it.
 
     Raises:
@@ -44,16 +48,19 @@ def trace(model: nn.Module) -> fx.Graph:
     }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return _Tracer().trace(model, concrete_args=defaults or None)
+        return _Tracer(found).trace(model, concrete_args=defaults or None)
 
 
 class Reader:
     """Asks a graph's nodes what they are, by the model's modules."""
 
-    def __init__(self, model: nn.Module, graph: fx.Graph) -> None:
+    def __init__(
+        self, model: nn.Module, graph: fx.Graph, found: Mapping[nn.Module, Activation]
+    ) -> None:
         whole = layers.is_unit(model)
         self.modules = {"0": model} if whole else dict(model.named_modules())
         self.nodes = list(graph.nodes)
+        self.activations = found
 
     def module(self, node: fx.Node) -> nn.Module | None:
         return self.modules.get(str(node.target)) if node.op == "call_module" else None
@@ -69,7 +76,7 @@ class Reader:
     def activation(self, node: fx.Node) -> Activation | None:
         module = self.module(node)
         if module is not None:
-            return activations.of_module(module)
+            return self.activations.get(module)
         if not self.function(node):
             return None
         slope = node.kwargs.get("negative_slope", node.args[1] if len(node.args) > 1 else None)
