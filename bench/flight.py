@@ -155,6 +155,8 @@ def walk(
                 )
                 ready, groups = {}, [now] * len(groups)
             turn.clear()
+            if op == "BRA" and code[i - 2][1] == "@EXIT":  # the loop is the program's end
+                break
     return Walk(now, instructions, loaded)
 
 
