@@ -178,7 +178,7 @@ ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
 # A forward of whole rows: (its columns up to, 16-bit elements a thread, warps of a multiprocessor).
 # A thread of many elements spends less on sums across threads. Up to KEPT_ROW columns a program
 # keeps their parameters, too.
-ROW_FORWARD = ((512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
+ROW_FORWARD = ((128, 16, 22), (256, 32, 18), (512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_ROW = 4096
 # The same of groups, which differ in their parameters: each element of a tile keeps its own.
 GROUP_FORWARD = ((512, 16, 18), (1024, 32, 11), (4096, 32, 12))
@@ -241,8 +241,8 @@ def _stages(rows: int, columns: int, loaded: int, programs: int, device: Device)
 
 
 def _row_tile(
+    shapes: tuple[tuple[int, int, int], ...],
     N: int, itemsize: int, align: int, loaded: int, device: Device,
-    shapes: tuple[tuple[int, int, int], ...] = ROW_FORWARD,
 ) -> tuple[int, int, int, dict[str, int], int]:  # fmt: skip
     """(rows, columns, stages, options, programs of a multiprocessor) of a forward of whole rows."""
     wide = _wide(itemsize)
@@ -264,7 +264,9 @@ def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Dev
     `loaded`: bytes that are loaded for each element, of the input and a residual.
     """
     if N * _wide(itemsize) <= WIDEST_ROW:
-        block_m, block_n, stages, options, together = _row_tile(N, itemsize, align, loaded, device)
+        block_m, block_n, stages, options, together = _row_tile(
+            ROW_FORWARD, N, itemsize, align, loaded, device
+        )
         return RowPlan(
             True, block_m, block_n, stages, options,
             *_shares(cdiv(M, block_m), together * device.multiprocessors),
@@ -361,7 +363,7 @@ def group_row_plan(
     if power_of_two(L) * _wide(itemsize) > GROUP_FORWARD[-1][0]:
         return None
     block_m, block_n, stages, options, together = _row_tile(
-        L, itemsize, align, loaded, device, GROUP_FORWARD
+        GROUP_FORWARD, L, itemsize, align, loaded, device
     )
     # no lanes beyond the groups; but where groups are few and short, sectors are to be whole
     beside = G & -G if L * itemsize >= 32 else power_of_two(G)
