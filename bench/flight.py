@@ -9,11 +9,11 @@ the first of it, and how much it computes in between.
 The model walks one warp through its program, with the launch's number of tiles: an instruction
 takes PACE cycles; what is loaded is there LATENCY later, or FROM_CACHE where the program has loaded
 all its bytes before and the cache holds those of all that are resident; whoever reads it waits.
-What may be jumped over is, unless it moves bytes: it mends rare values. Programs that are resident
-together take as long as the slowest of three: that walk; the instructions of all their warps, one a
-cycle and scheduler; their bytes at a copy's speed. The multiprocessor with most programs takes one
-round of these after the other, the last perhaps of few. Share is the time of all bytes at a copy's
-speed, evenly spread, over that.
+What may be jumped over is, unless it moves bytes, and not only loads again what it has: it mends
+rare values. Programs that are resident together take as long as the slowest of three: that walk;
+the instructions of all their warps, one a cycle and scheduler; their bytes at a copy's speed. The
+multiprocessor with most programs takes one round of these after the other, the last perhaps of few.
+Share is the time of all bytes at a copy's speed, evenly spread, over that.
 
 Left out: bank conflicts, replays, what a store costs, warps that wait for each other, what other
 launches left in the cache, and launches' own time. It compares variants of a kernel. How fast one
@@ -95,9 +95,16 @@ def disassembled(cubin: bytes) -> list[tuple[int, str, str]]:
 
 
 def walk(
-    code: list[tuple[int, str, str]], threads: int, trips: tuple[int, int], distinct: float
+    code: list[tuple[int, str, str]],
+    threads: int,
+    trips: tuple[int, int],
+    distinct: float,
+    own: float = math.inf,
 ) -> Walk:
-    """Walk a program that has `distinct` bytes to load; trips of its inner and outer loops."""
+    """Walk a program that has `own` bytes to load; trips of its inner and outer loops.
+
+    `distinct`: the bytes after which what it loads comes from the cache.
+    """
     # where tiles are loaded ahead, what is not is the parameters of all programs
     small = "LDG" if any("LDGSTS" in op for _, op, _ in code) else None
     index = {address: i for i, (address, _, _) in enumerate(code)}
@@ -139,7 +146,8 @@ def walk(
             break
         elif op.endswith("BRA") and address not in loops:
             target = index[jumps[address]]
-            if op == "BRA" or not any(_moves(o) for _, o, _ in code[i:target]):
+            moved = {o.lstrip("@")[:3] for _, o, _ in code[i:target] if _moves(o)}
+            if op == "BRA" or not moved or (moved == {"LDG"} and loaded >= own):
                 i = target
         elif address in loops:
             outer = any(loops[address] <= other < address for other in loops)
@@ -155,6 +163,8 @@ def walk(
                 )
                 ready, groups = {}, [now] * len(groups)
             turn.clear()
+            if op == "BRA" and code[i - 2][1] == "@EXIT":  # the loop is the program's end
+                break
     return Walk(now, instructions, loaded)
 
 
@@ -201,7 +211,8 @@ def flight(case: Case, launched: Recorded) -> Flight | None:
         programs,
     )
     cached = resident * MULTIPROCESSORS * read / grid < CACHE
-    one = walk(sass, 32 * warps, trips, read / grid if cached else math.inf)
+    own = read / grid
+    one = walk(sass, 32 * warps, trips, own if cached else math.inf, own)
     again = 1 if cached else max(int(one.loaded * grid / read), 1)  # but for lanes outside
     loaded = again * read / grid
     each = (sum(sizes.values()) - read) / grid + loaded

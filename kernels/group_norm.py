@@ -12,11 +12,11 @@ Backward, with dz = dy · act′(z), which is also the residual's gradient:
     db = Σ dz             dw = Σ dz · x̂                over samples and positions of a channel
     dx = (w · dz - ⟨w · dz⟩ - x̂ · ⟨w · dz · x̂⟩) · rstd   with ⟨⟩ the mean over the group
 
-Bytes. Where one program owns a group, one kernel does everything, and what it reads a second time
-is in a cache. Else x is read twice, forward (moments, apply) and backward (reduce, apply), and
-programs share the tiles of a sample: they need not know its groups. They leave the moments and sums
-of single channels, small beside the tiles, and merging these is all that a group is. act′ is
-treated as in batch_norm.py.
+Bytes. Where one program owns a group, one kernel does everything: the forward keeps what is short
+and contiguous in registers, and anything else that is read a second time is in a cache. Else x is
+read twice, forward (moments, apply) and backward (reduce, apply), and programs share the tiles of a
+sample: they need not know its groups. They leave the moments and sums of single channels, small
+beside the tiles, and merging these is all that a group is. act′ is treated as in batch_norm.py.
 """
 
 from typing import NamedTuple
@@ -38,6 +38,7 @@ from fastnorm.kernels.group_norm_fwd import (
     group_norm_fwd_finalize_kernel,
     group_norm_fwd_kernel,
     group_norm_fwd_moments_kernel,
+    group_norm_fwd_rows_kernel,
     instance_norm_running_kernel,
 )
 from fastnorm.kernels.launch import (
@@ -50,7 +51,9 @@ from fastnorm.kernels.launch import (
     ChannelView,
     GroupPlan,
     cdiv,
+    divisor_class,
     group_plan,
+    group_row_plan,
 )
 from fastnorm.kernels.sums import sum_partials
 
@@ -88,6 +91,28 @@ def _launch(x: Tensor, view: ChannelView, num_groups: int) -> _Launch:
     return _Launch(plan, (N, C, S, num_groups, K), tile, grid, merge, dtype)
 
 
+def _rows(
+    x: Tensor, residual: Tensor | None, view: ChannelView, num_groups: int
+) -> tuple[tuple[int], tuple[int, int, int], dict[str, int | bool]] | None:
+    """(grid, shares, constants) of a forward whose groups are contiguous and fit registers."""
+    N, C, S, columns = view
+    if columns and S > 1:
+        return None
+    L = C // num_groups * S
+    align = divisor_class(L, x.element_size())
+    loaded = x.element_size() + (0 if residual is None else residual.element_size())
+    device = device_of(x.device)
+    plan = group_row_plan(N, num_groups, L, x.element_size(), align, loaded, device)
+    if plan is None:
+        return None
+    constants = {
+        "FULL": plan.is_full(L), "BLOCK_M": plan.block_m, "BLOCK_G": plan.beside,
+        "BLOCK_N": plan.block_n, "ALIGN": align, "STAGES": plan.stages, **plan.options,
+    }  # fmt: skip
+    grid = (plan.programs * cdiv(num_groups, plan.beside),)
+    return grid, (plan.programs, plan.tiles, plan.tiles_per_program), constants
+
+
 def forward(
     x: Tensor,
     residual: Tensor | None,
@@ -115,7 +140,13 @@ def forward(
     y = torch.empty_like(x, dtype=y_dtype)
     stats = torch.empty(3, N * G, dtype=dtype, device=x.device)
     std = None if running_mean is None else torch.empty(N * G, dtype=dtype, device=x.device)
-    if plan.whole:
+    rows = _rows(x, residual, view, num_groups)
+    if rows is not None:
+        grid, shares, constants = rows
+        group_norm_fwd_rows_kernel[grid](
+            x, residual, weight, bias, y, stats, std, eps, *groups, *shares, ACT=act, **constants
+        )
+    elif plan.whole:
         group_norm_fwd_kernel[(cdiv(N, plan.block_n) * plan.channel_blocks,)](
             x, residual, weight, bias, y, stats, std, eps, *groups, plan.tiles, ACT=act, **tile
         )

@@ -21,12 +21,14 @@ from fastnorm.kernels.device.groups import (
     wide_channels,
 )
 from fastnorm.kernels.device.moments import (
+    finite_or_zero,
     merge_partials,
     merge_two,
     pivot_of,
     rstd_of,
     two_sum,
 )
+from fastnorm.kernels.device.rows import columns_of, row_moments, wide_rows
 from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import GROUP_SIZES
 
@@ -73,6 +75,43 @@ def group_norm_fwd_kernel(
         x_ptr, residual_ptr, y_ptr, 0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
         ACT, 1, BLOCK_S, COLUMNS,
     )  # fmt: skip
+
+
+# One program owns BLOCK_G groups, each contiguous, of some consecutive blocks of samples, and keeps
+# each block in registers.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_fwd_rows_kernel(
+    x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
+    y_ptr, stats_ptr, std_ptr,              # (N, C, S), (3, N·G): mean, rest, rstd; (N·G,)
+    eps: tl.float64,
+    N, C, S, G, K, P, tiles, tiles_per_program,
+    ACT: tl.constexpr, FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    R, L = wide_rows(N.to(tl.int64) * G, K * S, ALIGN)
+    pid = tl.program_id(0)
+    lane = tl.arange(0, BLOCK_M)
+    g = pid // P * BLOCK_G + lane % BLOCK_G
+    col, inside = columns_of(0, L, BLOCK_N, FULL)
+    # in int32: a 64-bit division is a function call on a GPU
+    c = (g * K)[:, None] + (col.to(tl.int32) // S)[None, :]
+    w, b = load_affine(w_ptr, b_ptr, c, (g < G)[:, None] & inside[None, :], ACC)
+    first = pid % P * tiles_per_program
+    for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=STAGES):
+        n = tl.cast(tile, tl.int64) * (BLOCK_M // BLOCK_G) + lane // BLOCK_G
+        row = n * G + g
+        rmask = (n < N) & (g < G)
+        mask = rmask[:, None] & inside[None, :]
+        at = (row * L)[:, None] + col[None, :]
+        x = load_as(x_ptr, at, mask, ACC)
+        mean, rest, std, d = row_moments(x, inside[None, :], L.to(ACC), True)
+        rest = finite_or_zero(rest)  # an infinite mean stays infinite, as a running mean shows
+        rstd = save_statistics(mean, rest, std, eps, row, rmask, R, stats_ptr, std_ptr)
+        z = d * rstd[:, None] * w + b
+        if residual_ptr is not None:
+            z += load_as(residual_ptr, at, mask, ACC)
+        store_cast(y_ptr, at, ACT(z), mask)
 
 
 # One program owns some consecutive tiles of BLOCK_C channels of a sample, and leaves the partial

@@ -227,8 +227,10 @@ ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
 # A forward of whole rows: (its columns up to, 16-bit elements a thread, warps of a multiprocessor).
 # A thread of many elements spends less on sums across threads. Up to KEPT_ROW columns a program
 # keeps their parameters, too.
-ROW_FORWARD = ((512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
+ROW_FORWARD = ((128, 16, 22), (256, 32, 18), (512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_ROW = 4096
+# The same of groups, which differ in their parameters: each element of a tile keeps its own.
+GROUP_FORWARD = ((512, 16, 18), (1024, 32, 11), (4096, 32, 12))
 AHEAD_BYTES = 65536  # of a multiprocessor: more under way is of no use
 
 
@@ -244,7 +246,9 @@ class RowPlan:
     tiles: int  # that a program's share is counted in: of one row, or of rows
     programs: int  # that share those tiles
     tiles_per_program: int
-    fold: int = 1  # rows of a tile that one thread sums in its registers
+    fold: int = 1  # rows of a tile, columns where it has one, that one thread sums in its registers
+    run: int = 1  # in runs of so many neighbours
+    beside: int = 1  # rows of a tile that are of one sample, each a group
 
     def is_full(self, N: int) -> bool:
         """Whether no tile reaches beyond a row."""
@@ -262,16 +266,45 @@ def _warps(elements: int, each: int) -> int:
     return min(max(elements // (32 * each), 1), 16)
 
 
+def _wide(itemsize: int) -> int:
+    """Registers of an element: float64 takes twice as many."""
+    return max(itemsize // 4, 1)
+
+
 def _row_warps(elements: int, many: bool) -> int:
     """Warps for a tile of so many 4-byte elements; `many`: each wants more registers."""
     return _warps(elements, THREAD_ELEMENTS // 2 if many else THREAD_ELEMENTS)
 
 
-def _stages(tile_bytes: int, scratch: int, programs: int, device: Device) -> int:
+def scratch(columns: int) -> int:
+    """Bytes of shared memory in which threads exchange sums, and what they load of each column."""
+    return 4 * columns + 1024
+
+
+def _stages(rows: int, columns: int, loaded: int, programs: int, device: Device) -> int:
     """With two tiles loaded ahead, or as many as are enough or shared memory has room for."""
-    room = device.shared // programs - scratch
+    tile_bytes = rows * columns * loaded
+    room = device.shared // programs - scratch(columns)
     wanted = 1 if programs * tile_bytes >= AHEAD_BYTES else 2
     return min(max(room // tile_bytes, 0), wanted) + 1
+
+
+def _row_tile(
+    shapes: tuple[tuple[int, int, int], ...],
+    N: int, itemsize: int, align: int, loaded: int, device: Device,
+) -> tuple[int, int, int, dict[str, int], int]:  # fmt: skip
+    """(rows, columns, stages, options, programs of a multiprocessor) of a forward of whole rows."""
+    wide = _wide(itemsize)
+    block_n = power_of_two(N)
+    _, each, resident_warps = next(f for f in shapes if block_n * wide <= f[0])
+    if align < 4 or itemsize > 2:
+        each, resident_warps = each // 2, max(resident_warps, ROW_WARPS)
+    block_m = max(32 * each // (block_n * wide), 1)
+    num_warps = _warps(block_m * block_n * wide, each)
+    together = max(resident_warps // num_warps, 1)
+    stages = _stages(block_m, block_n, loaded, together, device)
+    options = resident(num_warps, together * num_warps, itemsize, device)
+    return block_m, block_n, stages, options, together
 
 
 def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Device) -> RowPlan:
@@ -279,42 +312,42 @@ def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Dev
 
     `loaded`: bytes that are loaded for each element, of the input and a residual.
     """
-    wide = max(itemsize // 4, 1)  # float64 takes twice the registers
-    if N * wide <= WIDEST_ROW:
-        block_n = power_of_two(N)
-        _, each, resident_warps = next(f for f in ROW_FORWARD if block_n * wide <= f[0])
-        if align < 4 or itemsize > 2:
-            each, resident_warps = each // 2, max(resident_warps, ROW_WARPS)
-        block_m = max(32 * each // (block_n * wide), 1)
-        num_warps = _warps(block_m * block_n * wide, each)
-        together = max(resident_warps // num_warps, 1)
+    if N * _wide(itemsize) <= WIDEST_ROW:
+        block_m, block_n, stages, options, together = _row_tile(
+            ROW_FORWARD, N, itemsize, align, loaded, device
+        )
         return RowPlan(
-            True, block_m, block_n,
-            _stages(block_m * block_n * loaded, 4 * block_n + 1024, together, device),
-            resident(num_warps, together * num_warps, itemsize, device),
+            True, block_m, block_n, stages, options,
             *_shares(cdiv(M, block_m), together * device.multiprocessors),
         )  # fmt: skip
+    wide = _wide(itemsize)
     elements = LOOP_TILE if align >= 4 else LOOP_TILE // 2
     block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
     if cdiv(device.multiprocessors, 2) <= M:
         wanted = 1  # a second launch, and x from memory again, cost more than some idle processors
-    options = {"num_warps": _row_warps(elements, align < 4)}
-    return RowPlan(False, 1, block_n, 1, options, *_shares(cdiv(N, block_n), wanted))
+    num_warps = _row_warps(elements, align < 4)
+    return RowPlan(
+        False, 1, block_n,
+        _stages(1, block_n, loaded, PROGRAMS_PER_MULTIPROCESSOR, device),
+        {"num_warps": num_warps},
+        *_shares(cdiv(N, block_n), wanted),
+        *_fold(block_n, 1, align, num_warps, columns=False),
+    )  # fmt: skip
 
 
 def row_sums_plan(
     M: int, N: int, itemsize: int, align: int, loaded: int, device: Device
 ) -> RowPlan | None:
     """Backward, rows too wide for registers: their sums first; None where they are not."""
-    wide = max(itemsize // 4, 1)
+    wide = _wide(itemsize)
     if N * wide <= WIDEST_ROW_BACKWARD:
         return None
     elements = LOOP_TILE // 2
     block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
     options = {"num_warps": _row_warps(elements, align < 4)}
-    stages = _stages(block_n * loaded, 0, PROGRAMS_PER_MULTIPROCESSOR, device)
+    stages = _stages(1, block_n, loaded, PROGRAMS_PER_MULTIPROCESSOR, device)
     return RowPlan(False, 1, block_n, stages, options, *_shares(cdiv(N, block_n), wanted))
 
 
@@ -326,7 +359,7 @@ def row_gradient_plan(
     `loaded`: bytes that are loaded for each element; `gated`: act′ needs z, and so b, a further
     number of each column.
     """
-    wide = max(itemsize // 4, 1)
+    wide = _wide(itemsize)
     whole = N * wide <= WIDEST_ROW_BACKWARD
     if whole:
         block_n = power_of_two(N)
@@ -339,7 +372,7 @@ def row_gradient_plan(
     vectors = block_m * block_n // (32 * num_warps) // min(align, block_n)  # of a thread
     return RowPlan(
         whole, block_m, block_n,
-        _stages(block_m * block_n * loaded, 4 * block_n + 1024, together, device),
+        _stages(block_m, block_n, loaded, together, device),
         resident(num_warps, ROW_WARPS, itemsize, device),
         *_shares(cdiv(M, block_m), together * device.multiprocessors // cdiv(N, block_n)),
         fold=max(min(vectors, block_m), 1),
@@ -367,6 +400,28 @@ class GroupPlan:
     channel_blocks: int
     programs: int  # that share the sample blocks of a backward (whole), or the tiles of a sample
     share: int  # sample blocks or tiles of each
+
+
+def group_row_plan(
+    N: int, G: int, L: int, itemsize: int, align: int, loaded: int, device: Device
+) -> RowPlan | None:
+    """Forward of N samples of G groups of L contiguous elements; None: too many for registers.
+
+    Programs share the blocks of samples of `beside` groups.
+    """
+    if power_of_two(L) * _wide(itemsize) > GROUP_FORWARD[-1][0]:
+        return None
+    block_m, block_n, stages, options, together = _row_tile(
+        GROUP_FORWARD, L, itemsize, align, loaded, device
+    )
+    # no lanes beyond the groups; but where groups are few and short, sectors are to be whole
+    beside = G & -G if L * itemsize >= 32 else power_of_two(G)
+    beside = min(beside, block_m)
+    wanted = together * device.multiprocessors // cdiv(G, beside)
+    return RowPlan(
+        True, block_m, block_n, stages, options,
+        *_shares(cdiv(N, block_m // beside), wanted), beside=beside,
+    )  # fmt: skip
 
 
 GROUP_LANES = 1024  # channels of a program: each keeps its statistics and sums in registers

@@ -105,8 +105,9 @@ def forward(
         grid, share = (M * plan.programs,), (plan.tiles, plan.tiles_per_program)
         partial = torch.empty(4, M, plan.programs, dtype=stats.dtype, device=x.device)
         layer_norm_fwd_moments_kernel[grid](
-            x, residual, total, partial, M, N, plan.programs, *strides, *share, **options
-        )
+            x, residual, total, partial, M, N, plan.programs, *strides, *share,
+            FOLD=plan.fold, RUN=plan.run, STAGES=plan.stages, **options,
+        )  # fmt: skip
         source = x if total is None else total.view(M, N)
         layer_norm_fwd_apply_kernel[grid](
             source, weight, bias, partial, y, stats, eps,

@@ -3,7 +3,14 @@
 import triton
 import triton.language as tl
 
-from fastnorm.kernels.device.moments import finite_or_zero, merge_partials, rstd_of, two_sum
+from fastnorm.kernels.device.channels import moments_of_tiles
+from fastnorm.kernels.device.moments import (
+    finite_or_zero,
+    is_finite,
+    merge_partials,
+    rstd_of,
+    two_sum,
+)
 from fastnorm.kernels.device.rows import (
     centered,
     columns_of,
@@ -94,7 +101,7 @@ def layer_norm_fwd_loop_kernel(
         residual_ptr += r * wide_stride(stride_residual_row, ALIGN)
         sum_ptr += r * N
     _, mean, rest, std = moments_of_row(
-        x_ptr, residual_ptr, sum_ptr, 0, tiles, N, ACC, CENTER, FULL, BLOCK_N
+        x_ptr, residual_ptr, sum_ptr, 0, tiles, N, ACC, CENTER, FULL, BLOCK_N, 1
     )
     rstd = rstd_of(std, tl.full((), eps, ACC))
     store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
@@ -111,6 +118,7 @@ def layer_norm_fwd_moments_kernel(
     partial_ptr,                            # (4, M, P): count, mean, rest, std
     M, N, P, stride_x_row, stride_residual_row, tiles, tiles_per_program,
     CENTER: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr, ALIGN: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     M, N = wide_rows(M, N, ALIGN)
@@ -121,10 +129,18 @@ def layer_norm_fwd_moments_kernel(
         residual_ptr += r * wide_stride(stride_residual_row, ALIGN)
         sum_ptr += r * N
     first = p * tiles_per_program
-    count, mean, rest, std = moments_of_row(
-        x_ptr, residual_ptr, sum_ptr, first, tl.minimum(first + tiles_per_program, tiles), N,
-        ACC, CENTER, FULL, BLOCK_N,
-    )  # fmt: skip
+    last = tl.minimum(first + tiles_per_program, tiles)
+    std = tl.full((1,), float("inf"), ACC)
+    count, mean, rest = std, std, std
+    if CENTER and residual_ptr is None:  # each thread sums its own: there are many tiles
+        one = tl.zeros((1,), tl.int64)
+        count, mean, rest, std = moments_of_tiles(
+            x_ptr, first, last, one, one == 0, 1, 1, N, ACC, 1, BLOCK_N, 1, FOLD, RUN, False
+        )
+    if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # not yet, or squares overflowed
+        count, mean, rest, std = moments_of_row(
+            x_ptr, residual_ptr, sum_ptr, first, last, N, ACC, CENTER, FULL, BLOCK_N, STAGES
+        )
     at = r * P + p + tl.arange(0, 1)
     tl.store(partial_ptr + at, count)
     tl.store(partial_ptr + M * P + at, mean)

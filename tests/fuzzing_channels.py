@@ -37,6 +37,7 @@ def constants(way: str, *eager: tuple[object, Mapping[str, object]]) -> Iterator
             from fastnorm.kernels import batch_norm, devices, group_norm, launch
 
             put(launch, {"TILE_BYTES": 512, "WHOLE_BYTES": 1024, "GROUP_LANES": 32})
+            put(launch, {"GROUP_FORWARD": ((32, 16, 18),)})
             put(batch_norm, {"MERGE_PARTIALS": 4})
             put(group_norm, {"GROUP_MERGE_PARTIALS": 4, "MERGE_PARTIALS": 4})
             programs = 64 if way == "small, many programs" else 2

@@ -101,7 +101,7 @@ def test_loops_over_tiles_load_ahead(codes):
     )
     found = [c for c in codes if c["target"].startswith("sm") and c["kernel"].startswith(loops)]
     # rows are as wide as they are: elsewhere shared memory has no room for some
-    rows = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel")
+    rows = ("layer_norm_fwd_kernel", "layer_norm_bwd_kernel", "group_norm_fwd_rows_kernel")
     found += [c for c in codes if c["target"] in ("sm_90", "sm_100") and c["kernel"] in rows]
     wide = [c for c in found if 16 in c["widths"].get("dy_ptr", c["widths"].get("x_ptr", []))]
     for code in wide:

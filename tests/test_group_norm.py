@@ -141,6 +141,23 @@ def test_matches_float64(backend, shape, num_groups, dtype):
         assert got["dx"].shape == case.x.shape
 
 
+@pytest.mark.parametrize("registers", [True, False], ids=["in registers", "looped"])
+@pytest.mark.parametrize(
+    ("shape", "num_groups"),
+    # few groups, short ones, more than a tile has, a tile of several samples, odd, many tiles
+    [((9, 12), 3), ((5, 12, 2), 6), ((3, 70, 3), 35), ((300, 24), 3), ((4, 33, 7), 3)],
+    ids=str,
+)
+def test_contiguous_groups(backend, monkeypatch, shape, num_groups, registers):
+    if not registers:
+        launch = pytest.importorskip("fastnorm.kernels.launch")
+        monkeypatch.setattr(launch, "GROUP_FORWARD", ((0, 16, 18),))
+    for dtype in (torch.float32, torch.bfloat16):
+        for residual in (False, True):
+            options = {"residual": residual, "activation": "silu"}
+            problem(shape, num_groups, backend, dtype, **options).check()
+
+
 @pytest.mark.parametrize(
     ("shape", "num_groups"), [((3, 6, 5), 2), ((2, 4, 70, 71), 2)], ids=["whole", "split"]
 )

@@ -257,7 +257,7 @@ def test_what_is_loaded_ahead_fits_shared_memory(shared):
             if plan.whole:
                 tile = plan.block_m * plan.block_n * loaded
                 programs = launch.cdiv(plan.programs, device.multiprocessors)
-                room = device.shared - (4 * plan.block_n + 1024) * programs
+                room = device.shared - launch.scratch(plan.block_n) * programs
                 assert (plan.stages - 1) * tile * programs <= max(room, 0)
                 ahead.add(plan.stages - 1)
     assert ahead == {0, 1, 2}

@@ -7,6 +7,7 @@ import reference
 import torch
 import torch.nn.functional as F
 from cases import FLOATS
+from probes import kernels_run
 from test_batch_norm_adversarial import error
 from torch import Tensor
 
@@ -145,3 +146,17 @@ def test_eps(backend, way, kind, eps):
     w, b = torch.ones(2, SHAPE[1], dtype=torch.float64, device=backend)
     want = float64(kind, x, w, b, eps)
     torch.testing.assert_close(ours(kind, x, w, b, eps), want, rtol=1e-13, atol=1e-13)
+
+
+def test_a_row_that_is_huge_further_on(backend, monkeypatch):
+    """The first tile of a program's share says nothing of the others' squares."""
+    if not kernels_run(backend):
+        pytest.skip("torch's own overflow")
+    for name, value in (("WIDEST_ROW", 64), ("LOOP_TILE", 64)):
+        monkeypatch.setattr(launch, name, value)
+    monkeypatch.setattr(devices, "INTERPRETER", devices.Device(multiprocessors=5))
+    x = torch.randn(2, 4000, generator=torch.Generator().manual_seed(1))
+    x[:, 1000:] *= 1e30
+    y = FF.layer_norm(x.to(backend), (4000,))
+    want = F.layer_norm(x.double(), (4000,))
+    torch.testing.assert_close(y.cpu().double(), want, atol=1e-5, rtol=1e-5)

@@ -91,6 +91,7 @@ def cases() -> Iterator[Case]:
         yield replace(medical, activation="leaky_relu")
         yield replace(medical, tracked=True, affine=False)
     yield GroupNormCase("(N, C)", (65536, 1024), num_groups=8)
+    yield GroupNormCase("small images", (4096, 512, 7, 7))
     yield GroupNormCase("(N, C), one group", (8192, 8192), num_groups=1)
     yield GroupNormCase("tiny", (8, 64, 4, 4), torch.float32, num_groups=8)
 
@@ -101,6 +102,7 @@ def small_cases() -> Iterator[Case]:
         for name, shape, num_groups, layout in (
             ("whole NCHW", (3, 20, 14, 14), 4, "contiguous"),
             ("whole NCHW, odd", (5, 30, 7, 7), 3, "contiguous"),
+            ("whole NCHW, looped", (2, 6, 40, 40), 2, "contiguous"),
             ("whole channels_last", (3, 40, 8, 8), 4, "channels_last"),
             ("whole (N, C)", (250, 40), 8, "contiguous"),
             ("split NCHW", (2, 20, 60, 60), 2, "contiguous"),

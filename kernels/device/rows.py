@@ -89,7 +89,7 @@ def load_sum(x_ptr, x_at, residual_ptr, residual_at, sum_ptr, mask, ACC: tl.cons
 @triton.jit
 def moments_of_row(
     x_ptr, residual_ptr, sum_ptr, first, last, N, ACC: tl.constexpr,
-    CENTER: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr,
+    CENTER: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """(count, mean, rest, std), each (1,), of tiles first … last-1 of the row at these pointers.
 
@@ -99,7 +99,7 @@ def moments_of_row(
     count = tl.zeros((1,), ACC)
     mean = tl.zeros((1,), ACC)  # relative to base
     std = tl.zeros((1,), ACC)
-    for tile in range(first, last):
+    for tile in tl.range(first, last, num_stages=STAGES):
         col, inside = columns_of(tile, N, BLOCK_N, FULL)
         at, mask = col[None, :], inside[None, :]
         x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
