@@ -39,16 +39,15 @@ from fastnorm.kernels.batch_norm_fwd import (
     batch_norm_fwd_kernel,
     batch_norm_fwd_moments_kernel,
 )
+from fastnorm.kernels.channel_plans import ChannelPlan, channel_plan
 from fastnorm.kernels.device.activations import ACTIVATIONS, SIGN_GATES
 from fastnorm.kernels.devices import device_of
 from fastnorm.kernels.launch import (
     MERGE_CHANNELS,
     MERGE_PARTIALS,
     MERGE_WARPS,
-    ChannelPlan,
     ChannelView,
     cdiv,
-    channel_plan,
 )
 from fastnorm.kernels.sums import sum_partials
 

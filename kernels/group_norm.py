@@ -41,20 +41,22 @@ from fastnorm.kernels.group_norm_fwd import (
     group_norm_fwd_rows_kernel,
     instance_norm_running_kernel,
 )
-from fastnorm.kernels.launch import (
+from fastnorm.kernels.group_plans import (
     GROUP_MERGE_GROUPS,
     GROUP_MERGE_PARTIALS,
     GROUP_MERGE_WARPS,
+    GroupPlan,
+    group_plan,
+)
+from fastnorm.kernels.launch import (
     MERGE_CHANNELS,
     MERGE_PARTIALS,
     MERGE_WARPS,
     ChannelView,
-    GroupPlan,
     cdiv,
     divisor_class,
-    group_plan,
-    group_row_plan,
 )
+from fastnorm.kernels.row_plans import group_row_plan
 from fastnorm.kernels.sums import sum_partials
 
 __all__ = ["backward", "forward", "saved_for_gate"]

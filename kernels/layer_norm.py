@@ -26,21 +26,20 @@ from torch import Tensor
 
 from fastnorm.kernels.device.activations import ACTIVATIONS
 from fastnorm.kernels.devices import Device, device_of
-from fastnorm.kernels.launch import (
-    KEPT_ROW,
-    ROW_PARTIALS,
-    cdiv,
-    divisor_class,
-    row_gradient_plan,
-    row_plan,
-    row_sums_plan,
-)
+from fastnorm.kernels.launch import cdiv, divisor_class
 from fastnorm.kernels.layer_norm_bwd import layer_norm_bwd_kernel, layer_norm_bwd_reduce_kernel
 from fastnorm.kernels.layer_norm_fwd import (
     layer_norm_fwd_apply_kernel,
     layer_norm_fwd_kernel,
     layer_norm_fwd_loop_kernel,
     layer_norm_fwd_moments_kernel,
+)
+from fastnorm.kernels.row_plans import (
+    KEPT_ROW,
+    ROW_PARTIALS,
+    row_gradient_plan,
+    row_plan,
+    row_sums_plan,
 )
 from fastnorm.kernels.sums import sum_partials
 

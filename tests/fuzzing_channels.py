@@ -34,10 +34,19 @@ def constants(way: str, *eager: tuple[object, Mapping[str, object]]) -> Iterator
             for owner, values in eager:
                 put(owner, values)
         if way != "shipped" and fastnorm.backend_for(torch.ones(1)) == "triton":
-            from fastnorm.kernels import batch_norm, devices, group_norm, launch
+            from fastnorm.kernels import (
+                batch_norm,
+                channel_plans,
+                devices,
+                group_norm,
+                group_plans,
+                row_plans,
+            )
 
-            put(launch, {"TILE_BYTES": 512, "WHOLE_BYTES": 1024, "GROUP_LANES": 32})
-            put(launch, {"GROUP_FORWARD": ((32, 16, 18),)})
+            for plans in (channel_plans, group_plans):
+                put(plans, {"TILE_BYTES": 512, "WHOLE_BYTES": 1024})
+            put(group_plans, {"GROUP_LANES": 32})
+            put(row_plans, {"GROUP_FORWARD": ((32, 16, 18),)})
             put(batch_norm, {"MERGE_PARTIALS": 4})
             put(group_norm, {"GROUP_MERGE_PARTIALS": 4, "MERGE_PARTIALS": 4})
             programs = 64 if way == "small, many programs" else 2

@@ -150,8 +150,8 @@ def test_matches_float64(backend, shape, num_groups, dtype):
 )
 def test_contiguous_groups(backend, monkeypatch, shape, num_groups, registers):
     if not registers:
-        launch = pytest.importorskip("fastnorm.kernels.launch")
-        monkeypatch.setattr(launch, "GROUP_FORWARD", ((0, 16, 18),))
+        row_plans = pytest.importorskip("fastnorm.kernels.row_plans")
+        monkeypatch.setattr(row_plans, "GROUP_FORWARD", ((0, 16, 18),))
     for dtype in (torch.float32, torch.bfloat16):
         for residual in (False, True):
             options = {"residual": residual, "activation": "silu"}

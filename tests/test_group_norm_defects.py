@@ -14,7 +14,7 @@ from test_group_norm import problem
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm.kernels import devices, group_norm, launch
+from fastnorm.kernels import devices, group_norm, group_plans
 from fastnorm.kernels.launch import ChannelView
 
 checked = contextlib.nullcontext
@@ -119,7 +119,7 @@ def test_beyond_2_to_the_31_elements(monkeypatch, name):
     x, x_part = reserved()
     dy, dy_part = reserved()
     with devices.assume(devices.Device(multiprocessors)), checked(modules=()):
-        plan = launch.group_plan(*view, K, 2, devices.device_of(x.device))
+        plan = group_plans.group_plan(*view, K, 2, devices.device_of(x.device))
         assert plan.whole == (name == "one program")
         for kernel in [n for n in vars(group_norm) if n.endswith("_kernel")]:
             programs = 1 if "finalize" in kernel else plan.programs

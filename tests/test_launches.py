@@ -5,8 +5,8 @@ import json
 import pytest
 from test_codegen import run
 
+from fastnorm.kernels.channel_plans import channel_plan
 from fastnorm.kernels.devices import Device
-from fastnorm.kernels.launch import channel_plan
 
 
 @pytest.mark.xdist_group("codegen sm_90")  # which has compiled them all

@@ -13,7 +13,8 @@ from torch import Tensor
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.kernels import devices, launch
+from fastnorm.kernels import devices, row_plans
+from fastnorm.kernels.launch import divisor_class
 
 KINDS = ("layer_norm", "rms_norm", "add_layer_norm", "add_rms_norm")
 
@@ -189,10 +190,10 @@ def test_matches_float64(backend, shape, dtype, kind):
 def way(request, monkeypatch) -> str:
     """Each way of sharing rows, at sizes that the interpreter can bear."""
     if request.param != "registers":
-        monkeypatch.setattr(launch, "WIDEST_ROW", 64)
-        monkeypatch.setattr(launch, "WIDEST_ROW_BACKWARD", 64)
-        monkeypatch.setattr(launch, "LOOP_TILE", 128)
-        monkeypatch.setattr(launch, "COLUMN_TILE", (2, 64))
+        monkeypatch.setattr(row_plans, "WIDEST_ROW", 64)
+        monkeypatch.setattr(row_plans, "WIDEST_ROW_BACKWARD", 64)
+        monkeypatch.setattr(row_plans, "LOOP_TILE", 128)
+        monkeypatch.setattr(row_plans, "COLUMN_TILE", (2, 64))
     return request.param
 
 
@@ -211,19 +212,19 @@ def test_every_way_of_sharing_rows(backend, way, kind, dtype, activation):
 def test_the_ways_are_taken(monkeypatch):
     """Or the test above would say nothing of them; the policy itself decides on these."""
     device = devices.Device(multiprocessors=132)
-    assert launch.row_plan(4096, 4096, 2, 8, 2, device).whole
-    looped = launch.row_plan(4096, 32768, 2, 8, 2, device)
+    assert row_plans.row_plan(4096, 4096, 2, 8, 2, device).whole
+    looped = row_plans.row_plan(4096, 32768, 2, 8, 2, device)
     assert (looped.whole, looped.programs) == (False, 1)
-    assert launch.row_plan(16, 1 << 22, 2, 8, 2, device).programs > 1
-    assert launch.row_sums_plan(4096, 8192, 2, 8, 4, device) is None
-    assert launch.row_sums_plan(4096, 16384, 2, 8, 4, device).programs == 1
-    assert launch.row_sums_plan(1, 1_000_003, 4, 1, 8, device).programs > 100
+    assert row_plans.row_plan(16, 1 << 22, 2, 8, 2, device).programs > 1
+    assert row_plans.row_sums_plan(4096, 8192, 2, 8, 4, device) is None
+    assert row_plans.row_sums_plan(4096, 16384, 2, 8, 4, device).programs == 1
+    assert row_plans.row_sums_plan(1, 1_000_003, 4, 1, 8, device).programs > 100
     for kind in ("WIDEST_ROW", "WIDEST_ROW_BACKWARD", "LOOP_TILE"):
-        monkeypatch.setattr(launch, kind, 64)
-    assert not launch.row_plan(11, 65, 4, 1, 4, devices.INTERPRETER).whole
-    assert launch.row_plan(11, 200, 4, 8, 4, devices.INTERPRETER).programs == 1
-    assert launch.row_plan(1, 200, 4, 8, 4, devices.INTERPRETER).programs > 1
-    assert launch.row_sums_plan(1, 200, 4, 8, 8, devices.INTERPRETER).programs > 1
+        monkeypatch.setattr(row_plans, kind, 64)
+    assert not row_plans.row_plan(11, 65, 4, 1, 4, devices.INTERPRETER).whole
+    assert row_plans.row_plan(11, 200, 4, 8, 4, devices.INTERPRETER).programs == 1
+    assert row_plans.row_plan(1, 200, 4, 8, 4, devices.INTERPRETER).programs > 1
+    assert row_plans.row_sums_plan(1, 200, 4, 8, 8, devices.INTERPRETER).programs > 1
 
 
 @pytest.mark.parametrize("itemsize", [2, 4, 8])
@@ -231,9 +232,9 @@ def test_the_ways_are_taken(monkeypatch):
 @pytest.mark.parametrize("N", [1, 2, 40, 96, 257, 1024, 4096, 30_000])
 def test_a_thread_holds_the_rows_that_it_folds(N, gated, itemsize):
     """Vectors of a tile go to threads in turn: what is summed first needs no other thread."""
-    align = launch.divisor_class(N, itemsize)
+    align = divisor_class(N, itemsize)
     device = devices.Device(multiprocessors=132)
-    plan = launch.row_gradient_plan(4096, N, itemsize, align, 2 * itemsize, gated, device)
+    plan = row_plans.row_gradient_plan(4096, N, itemsize, align, 2 * itemsize, gated, device)
     threads, vector = 32 * plan.options["num_warps"], min(align, plan.block_n)
     element = torch.arange(plan.block_m * plan.block_n)
     thread = element // vector % threads
@@ -251,13 +252,13 @@ def test_what_is_loaded_ahead_fits_shared_memory(shared):
     for itemsize, tensors, width in itertools.product((2, 4, 8), (1, 2, 3), range(1, 15)):
         N, loaded = 1 << width, itemsize * tensors
         for plan in (
-            launch.row_plan(1 << 20, N, itemsize, 8, loaded, device),
-            launch.row_gradient_plan(1 << 20, N, itemsize, 8, loaded, False, device),
+            row_plans.row_plan(1 << 20, N, itemsize, 8, loaded, device),
+            row_plans.row_gradient_plan(1 << 20, N, itemsize, 8, loaded, False, device),
         ):
             if plan.whole:
                 tile = plan.block_m * plan.block_n * loaded
-                programs = launch.cdiv(plan.programs, device.multiprocessors)
-                room = device.shared - launch.scratch(plan.block_n) * programs
+                programs = row_plans.cdiv(plan.programs, device.multiprocessors)
+                room = device.shared - row_plans.scratch(plan.block_n) * programs
                 assert (plan.stages - 1) * tile * programs <= max(room, 0)
                 ahead.add(plan.stages - 1)
     assert ahead == {0, 1, 2}

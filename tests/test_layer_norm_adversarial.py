@@ -12,7 +12,7 @@ from test_batch_norm_adversarial import error
 from torch import Tensor
 
 import fastnorm.functional as FF
-from fastnorm.kernels import devices, launch
+from fastnorm.kernels import devices, row_plans
 
 KINDS = ("layer_norm", "rms_norm")
 SHAPE = (6, 160)
@@ -23,8 +23,8 @@ def way(request, monkeypatch) -> str:
     """Rows in registers, in a loop of tiles, and in programs that share one."""
     if request.param != "registers":
         for name, value in (("WIDEST_ROW", 64), ("WIDEST_ROW_BACKWARD", 64), ("LOOP_TILE", 64)):
-            monkeypatch.setattr(launch, name, value)
-        monkeypatch.setattr(launch, "COLUMN_TILE", (4, 64))
+            monkeypatch.setattr(row_plans, name, value)
+        monkeypatch.setattr(row_plans, "COLUMN_TILE", (4, 64))
     if request.param == "split":
         monkeypatch.setattr(devices, "INTERPRETER", devices.Device(multiprocessors=16))
     return request.param
@@ -153,7 +153,7 @@ def test_a_row_that_is_huge_further_on(backend, monkeypatch):
     if not kernels_run(backend):
         pytest.skip("torch's own overflow")
     for name, value in (("WIDEST_ROW", 64), ("LOOP_TILE", 64)):
-        monkeypatch.setattr(launch, name, value)
+        monkeypatch.setattr(row_plans, name, value)
     monkeypatch.setattr(devices, "INTERPRETER", devices.Device(multiprocessors=5))
     x = torch.randn(2, 4000, generator=torch.Generator().manual_seed(1))
     x[:, 1000:] *= 1e30

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastnorm.kernels.launch import WHOLE_BYTES, WIDEST_ROW, WIDEST_ROW_BACKWARD
+from fastnorm.kernels.launch import WHOLE_BYTES
+from fastnorm.kernels.row_plans import WIDEST_ROW, WIDEST_ROW_BACKWARD
 
 FORMATS = {
     "contiguous": torch.contiguous_format,
