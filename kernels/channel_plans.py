@@ -115,6 +115,12 @@ def channel_plan(
 def _plane_plan(N: int, C: int, S: int, planes: int, itemsize: int, device: Device) -> ChannelPlan:
     """The plan where a tile has the planes of so many channels: columns, of N elements each."""
     align = divisor_class(C * S, itemsize)
+    while (  # several times as many a program, while that leaves enough programs
+        N * planes * S * itemsize * 2 <= TILE_BYTES
+        and 2 * planes * S <= PLANE_COLUMNS[1]
+        and cdiv(C, 2 * planes) >= 2 * device.multiprocessors
+    ):
+        planes *= 2
     block_c = power_of_two(planes * S)
     warps = PLANE_WARPS if 2 * block_c > PLANE_COLUMNS[1] else PLANE_WARPS // 2
     elements = warps // 4 * TILE_BYTES // itemsize

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from unittest import mock
 
 SMALL = {
-    "launch": {
+    "row_plans": {
         "WIDEST_ROW": 32,
         "WIDEST_ROW_BACKWARD": 16,
         "LOOP_TILE": 32,

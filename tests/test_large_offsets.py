@@ -42,7 +42,7 @@ VIEWS = {
     "rows, one program": (ChannelView(2, 2**27 + 1, 16, columns=False), 4),
     "rows, split": (ChannelView(2, 2**17 + 1, 2**14, columns=False), 10**6),
     "planes, one program": (ChannelView(3, 2**27, 9, columns=False), 4),
-    "planes, split": (ChannelView(40, 2**18 + 8, 225, columns=False), 10**6),
+    "planes, split": (ChannelView(320, 2**15 + 8, 225, columns=False), 10**6),
     "columns, one program": (ChannelView(1, 2**29 + 8, 5, columns=True), 4),
     "columns, split": (ChannelView(1, 2**17, 2**14 + 1, columns=True), 10**7),
 }
