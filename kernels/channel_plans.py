@@ -53,10 +53,13 @@ PLANE_WARPS = 8  # of a multiprocessor: a thread keeps the statistics and parame
 def _planes(C: int, S: int, itemsize: int) -> int:
     """Channels whose planes, of S elements each, a tile takes as one run; 0: each by itself.
 
-    A run is loaded in vectors of 16 bytes, where a plane is no multiple of one, and whole sectors.
+    A run is loaded in vectors of 16 bytes, and in whole sectors. Planes of a multiple of 8 bytes do
+    as well by themselves.
     """
-    planes = divisor_class(C * S, itemsize) // divisor_class(S, itemsize)
-    if S == 1 or (planes == 1 and S * itemsize >= SECTOR):
+    align = divisor_class(S, itemsize)
+    planes = divisor_class(C * S, itemsize) // align
+    wide = planes == 1 or align * itemsize >= 8
+    if S == 1 or (wide and S * itemsize >= SECTOR):
         return 0
     fewest, most = PLANE_COLUMNS
     while planes * S < fewest and planes < C:

@@ -63,6 +63,7 @@ def cases() -> Iterator[Case]:
             case = BatchNormCase(name, shape, layout=layout, activation="relu")
             yield case
             yield replace(case, residual=True)
+    yield BatchNormCase("resnet50 stage 4, batch 512", (512, 2048, 7, 7), activation="relu")
     frozen = BatchNormCase("resnet50 stage 1", RESNET50["resnet50 stage 1"], training=False)
     yield frozen
     yield replace(frozen, affine=False)
