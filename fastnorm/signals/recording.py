@@ -1,5 +1,6 @@
 """record: hooks on every layer of a model, there while a block runs."""
 
+import math
 import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -19,7 +20,7 @@ from fastnorm.signals.layers import LayerSignal
 from fastnorm.signals.moments import First, number
 from fastnorm.signals.samples import Samples
 from fastnorm.signals.tensors import inside, is_plain
-from fastnorm.signals.watch import Report, Watch, kind, total
+from fastnorm.signals.watch import Watch, collect, kind, total
 from fastnorm.signals.weights import Weight
 from fastnorm.structure import activations
 
@@ -36,11 +37,10 @@ def record(
 
     for each layer, norm and activation l: those called as functions of torch in the model's forward
     included, and modules of your own with parameters and no parts. Everything is summed on the
-    model's device as it passes; one transfer brings the numbers when they are first asked for.
-    Hooks are removed at the end of the block, also after an exception. The model's results do not
-    change, but for rounding where something was compiled, or a transformer in evaluation took
-    torch's fused path: in the block modules run one by one. Calls by other threads are not
-    recorded.
+    model's device as it passes; one transfer at the end of the block brings the numbers. Hooks are
+    removed there, also after an exception. The model's results do not change, but for rounding
+    where something was compiled, or a transformer in evaluation took torch's fused path: in the
+    block modules run one by one. Calls by other threads are not recorded.
 
     Args:
         model: any module; several forward and backward passes in the block are merged.
@@ -80,7 +80,10 @@ class Signals:
     def __init__(self, model: nn.Module, optimizer: Optimizer | None, sample: int) -> None:
         model = checked(model, optimizer, sample)
         self.model, self.optimizer, self.sample = model, optimizer, sample
-        self._report = Report([], First())
+        self.layers: list[LayerSignal] = []
+        """In the order in which they were first called; filled at the end of the block."""
+        self.input_failed = math.inf
+        """When an input was not finite first, as a layer's `failed`."""
         self._watches: dict[str, Watch] = {}
         self._handles: list[RemovableHandle] = []
         self._around = ExitStack()
@@ -99,19 +102,9 @@ class Signals:
         )
         self._units_last = False
 
-    @property
-    def layers(self) -> list[LayerSignal]:
-        """In the order in which they were first called; empty before the end of the block."""
-        return self._report.found[0]
-
-    @property
-    def input_failed(self) -> float:
-        """When an input was not finite first, as a layer's `failed`."""
-        return self._report.found[1]
-
     def findings(self) -> list[Finding]:
         """What is wrong, each with its evidence and a remedy; empty where nothing was found."""
-        return find(self.model, *self._report.found)
+        return find(self.model, self.layers, self.input_failed)
 
     def table(self) -> str:
         """Plain text, a line for each layer."""
@@ -132,7 +125,7 @@ class Signals:
         self._watches, self._last, self._called = {}, None, False
         self._thread = threading.get_ident()
         self._inputs = First()
-        self._report = Report([], First())
+        self.layers, self.input_failed = [], math.inf
         try:
             self._attach_all()
         except BaseException:
@@ -154,7 +147,7 @@ class Signals:
             handle.remove()
         self._handles, self._running, self._depth = [], [], 0
         self._samples.finish()
-        self._report = Report(self._watches.values(), self._inputs)
+        self.layers, self.input_failed = collect(list(self._watches.values()), self._inputs)
         self._watches, self._output, self._known = {}, None, None
         self._samples = Samples(self.sample)
 

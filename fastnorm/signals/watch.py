@@ -1,8 +1,7 @@
 """Watch: the hooks on one layer, and what they add up."""
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -126,7 +125,9 @@ class Watch:
         self.gradient.add(gradient.detach(), event)
 
     def finish(self) -> None:
-        """See what may change after the recording."""
+        """What remains to be computed at the end of a recording."""
+        if self.peak is not None:
+            self.dead = number((self.peak <= 0).sum())
         if self.weight is not None:
             self.weight.finish()
         if self.batch_norm is not None:
@@ -166,33 +167,22 @@ class Watch:
         )
 
 
-class Report:
-    """What a recording has seen: it looks at what may change now, at the rest when it is asked."""
-
-    def __init__(self, watches: Iterable[Watch], inputs: First) -> None:
-        self.watches, self.inputs = list(watches), inputs
-        for watch in self.watches:
-            watch.finish()
-
-    @functools.cached_property
-    @torch.no_grad()
-    def found(self) -> tuple[list[LayerSignal], float]:
-        """Each layer's numbers, and when an input was not finite: one transfer from each device."""
-        watches, self.watches = self.watches, []
-        for watch in watches:
-            if watch.peak is not None:
-                watch.dead = number((watch.peak <= 0).sum())
-        pairs = [watch.weight.projections if watch.weight else None for watch in watches]
-        vectors = [vector for pair in pairs if pair is not None for vector in pair]
-        parts = [part for watch in watches for part in watch.parts()]
-        home = OnCpu([*self.inputs.parts, *parts, *vectors])
-        vectors = [home.vector(vector) for vector in vectors]
-        shares = iter(alike(list(zip(vectors[::2], vectors[1::2], strict=True))))
-        found = [
-            watch.read(home.number, 0.0 if pair is None else next(shares))
-            for watch, pair in zip(watches, pairs, strict=True)
-        ]
-        return found, self.inputs.read(home.number)
+@torch.no_grad()
+def collect(watches: Sequence[Watch], inputs: First) -> tuple[list[LayerSignal], float]:
+    """Every layer's numbers, and when an input was not finite: by one transfer from each device."""
+    for watch in watches:
+        watch.finish()
+    pairs = [watch.weight.projections if watch.weight else None for watch in watches]
+    vectors = [vector for pair in pairs if pair is not None for vector in pair]
+    parts = [part for watch in watches for part in watch.parts()]
+    home = OnCpu([*inputs.parts, *parts, *vectors])
+    vectors = [home.vector(vector) for vector in vectors]
+    shares = iter(alike(list(zip(vectors[::2], vectors[1::2], strict=True))))
+    found = [
+        watch.read(home.number, 0.0 if pair is None else next(shares))
+        for watch, pair in zip(watches, pairs, strict=True)
+    ]
+    return found, inputs.read(home.number)
 
 
 @torch.no_grad()
