@@ -49,6 +49,8 @@ START = 500  # cycles from a program's end to the next one's first instruction
 PACE = 2  # cycles from one instruction of a warp to the next
 WALKED, STEADY = 16, 12  # trips of a loop; the others take as long as the last of these on average
 LARGE_FROM = 64 << 20  # bytes of the input, from which the goals are set
+LISTED_FROM = 8 << 20
+LONGEST = 1_000_000  # instructions of a walk: one that takes more does not end
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ class Flight:
 
     kernel: str
     case: str
+    input_bytes: int
     registers: int
     shared: int
     programs: int  # of a multiprocessor
@@ -120,6 +123,8 @@ def walk(
         i += 1
         name = op.lstrip("@").split(".")[0]
         registers = [int(r) for r in re.findall(r"\bR(\d+)", operands)]
+        if instructions > LONGEST:
+            raise RuntimeError("the walk does not end")
         now = max([now, *(ready.pop(r) for r in registers if r in ready)]) + PACE
         instructions += 1
         if name in ("LDG", "LDGSTS", "LDS", "SHFL", "MUFU"):
@@ -212,7 +217,10 @@ def flight(case: Case, launched: Recorded) -> Flight | None:
     )
     cached = resident * MULTIPROCESSORS * read / grid < CACHE
     own = read / grid
-    one = walk(sass, 32 * warps, trips, own if cached else math.inf, own)
+    try:
+        one = walk(sass, 32 * warps, trips, own if cached else math.inf, own)
+    except RuntimeError as error:
+        raise RuntimeError(f"{launched.name}, {case}: {error}") from error
     again = 1 if cached else max(int(one.loaded * grid / read), 1)  # but for lanes outside
     loaded = again * read / grid
     each = (sum(sizes.values()) - read) / grid + loaded
@@ -227,7 +235,8 @@ def flight(case: Case, launched: Recorded) -> Flight | None:
     full, rest = divmod(programs, resident)
     cycles = full * max(times(resident).values()) + (max(times(rest).values()) if rest else 0.0)
     return Flight(
-        launched.name, str(case), used, compiled.metadata.shared, programs, resident,
+        launched.name, f"{case}, {'×'.join(map(str, case.shape))}", case.element_bytes,
+        used, compiled.metadata.shared, programs, resident,
         under_way=programs * loaded * LATENCY / cycles,
         limit=max(times(resident).items(), key=lambda item: item[1])[0],
         ideal=grid / MULTIPROCESSORS * each / COPY,
@@ -257,17 +266,11 @@ def report(found: list[Flight]) -> str:
         "",
         f"Inputs of at least {LARGE_FROM >> 20} MiB; all launches of a direction together.",
         "",
-        "| case | forward | backward |",
-        "|---|---|---|",
-    ]
-    for case in dict.fromkeys(f.case for f in found):
-        shares = []
-        for direction in ("fwd", "bwd"):
-            of = [f for f in found if f.case == case and direction in f.kernel]
-            slowest = sum(f.cycles for f in of)
-            shares.append(f"{sum(f.ideal for f in of) / slowest:.2f}" if of else "")
-        lines.append(f"| {case} | {' | '.join(shares)} |")
-    lines += [
+        *_shares([f for f in found if f.input_bytes >= LARGE_FROM]),
+        "",
+        f"## Smaller inputs, from {LISTED_FROM >> 20} MiB",
+        "",
+        *_shares([f for f in found if f.input_bytes < LARGE_FROM]),
         "",
         "## Launches",
         "",
@@ -283,12 +286,25 @@ def report(found: list[Flight]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _shares(found: Sequence[Flight]) -> list[str]:
+    """A table of cases; ideal and modelled time of all launches of a direction."""
+    lines = ["| case | forward | backward |", "|---|---|---|"]
+    for case in dict.fromkeys(f.case for f in found):
+        shares = []
+        for direction in ("fwd", "bwd"):
+            of = [f for f in found if f.case == case and direction in f.kernel]
+            slowest = sum(f.cycles for f in of)
+            shares.append(f"{sum(f.ideal for f in of) / slowest:.2f}" if of else "")
+        lines.append(f"| {case} | {' | '.join(shares)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--families", nargs="+", help="only these (default: all but products)")
     parser.add_argument("--out", type=Path, help="write the Markdown report here")
     arguments = parser.parse_args()
-    cases = [case for case in CASES if case.element_bytes >= LARGE_FROM]
+    cases = [case for case in CASES if case.element_bytes >= LISTED_FROM]
     if arguments.families:
         cases = [case for case in cases if case.family in arguments.families]
     else:  # products are bound by their arithmetic

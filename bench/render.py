@@ -151,7 +151,9 @@ def block() -> str:
 
 def linear_times() -> str:
     """The speed of `auto` over torch's operators by pass and dtype, over the shapes of a JSON."""
-    results = json.loads((RESULTS / "linear_batch_norm.json").read_text("utf-8"))["results"]
+    written = json.loads((RESULTS / "linear_batch_norm.json").read_text("utf-8"))
+    results, found_on = written["results"], written["environment"]
+    where = "{device}, {threads} threads, torch {torch}, Python {python}:".format(**found_on)
     dtypes = list(dict.fromkeys(result["dtype"] for result in results))
     rows = []
     for kind, words in PASSES.items():
@@ -161,7 +163,7 @@ def linear_times() -> str:
             ratios = [r["ours, auto"]["ratio"] for r in found]
             row.append(f"{geometric(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
         rows.append(row)
-    return "\n\n".join([TIMES, table(["", *dtypes], rows), TIMES_END])
+    return "\n\n".join([TIMES, where, table(["", *dtypes], rows), TIMES_END])
 
 
 def replaced(path: Path, begin: str, made: str, end: str) -> str:

@@ -8,7 +8,7 @@ from fastnorm.kernels.device.channels import (
     by_channel,
     by_column,
     channels_of,
-    columns_of,
+    columns_of_block,
     gradient_sums_of_tiles,
     input_gradient_of_tiles,
     load_affine,
@@ -34,7 +34,7 @@ def batch_norm_bwd_kernel(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
     pid = tl.program_id(0)
-    j, c, inside, W, T = columns_of(pid, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    j, c, inside, W, T = columns_of_block(pid, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     mean, rest, rstd = load_stats(stats_ptr, c, inside, C)
     w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     dw, db = gradient_sums_of_tiles(
@@ -72,7 +72,7 @@ def batch_norm_bwd_reduce_kernel(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
     p, block, first, last = share_of_program(P, tiles, tiles_per_program)
-    j, c, inside, W, T = columns_of(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    j, c, inside, W, T = columns_of_block(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     mean, rest, rstd = load_stats(stats_ptr, c, inside, C)
     w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     dw, db = gradient_sums_of_tiles(
@@ -100,7 +100,7 @@ def batch_norm_bwd_apply_kernel(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
     _, block, first, last = share_of_program(P, tiles, tiles_per_program)
-    j, c, inside, W, T = columns_of(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    j, c, inside, W, T = columns_of_block(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     mean, rest, rstd = load_stats(stats_ptr, c, inside, C)
     w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     M = (N * S).to(ACC)

@@ -7,7 +7,7 @@ from fastnorm.kernels.device.channels import (
     as_int64,
     by_column,
     channels_of,
-    columns_of,
+    columns_of_block,
     load_affine,
     load_stats,
     merge_columns,
@@ -123,7 +123,7 @@ def batch_norm_fwd_kernel(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
     pid = tl.program_id(0)
-    j, c, inside, W, T = columns_of(pid, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    j, c, inside, W, T = columns_of_block(pid, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     count, mean, rest, std = moments_of_tiles(
         x_ptr, 0, tiles, j, inside, N, W, T, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
     )
@@ -155,7 +155,7 @@ def batch_norm_fwd_moments_kernel(
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
     p, block, first, last = share_of_program(P, tiles, tiles_per_program)
-    j, _, inside, W, T = columns_of(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    j, _, inside, W, T = columns_of_block(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     count, mean, rest, std = moments_of_tiles(
         x_ptr, first, last, j, inside, N, W, T, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
     )
@@ -207,7 +207,7 @@ def batch_norm_fwd_apply_kernel(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
     p, block, first, last = share_of_program(P, tiles, tiles_per_program)
-    j, c, inside, W, T = columns_of(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
+    j, c, inside, W, T = columns_of_block(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     if running_mean_ptr is None:
         mean, rest, rstd = load_stats(stats_ptr, c, inside, C)
     else:

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from fastnorm.kernels.devices import Device
 from fastnorm.kernels.launch import (
-    COLUMN_PROGRAMS,
-    PROGRAMS_PER_MULTIPROCESSOR,
     SECTOR,
     TILE_BYTES,
     WHOLE_BYTES,
@@ -13,6 +11,7 @@ from fastnorm.kernels.launch import (
     divisor_class,
     fold_of,
     power_of_two,
+    programs_together,
     resident,
     split,
 )
@@ -96,7 +95,7 @@ def channel_plan(
             block_c *= 2
     tiles = cdiv(N, block_n) * cdiv(S, block_s)
     channel_blocks = cdiv(C, block_c)
-    together = COLUMN_PROGRAMS if columns else PROGRAMS_PER_MULTIPROCESSOR
+    together = programs_together(columns)
     tiles_per_program = tiles if whole else split(tiles, channel_blocks, together, device)
     lanes = block_n * block_s
     num_warps = min(max(4 * lanes * block_c // elements, 1), 4)

@@ -1,4 +1,4 @@
-"""What launch.py and cost.py ask of a device: its size, and what its processors and memory reach.
+"""What plans and cost.py ask of a device: its size, and what its processors and memory reach.
 
 Rates are an H200's, scaled: those of products times multiprocessors, times clock, times what one of
 them does a clock; memory's in proportion to its peak. Only ratios of rates decide, so a share of

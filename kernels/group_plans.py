@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from fastnorm.kernels.devices import Device
 from fastnorm.kernels.launch import (
-    COLUMN_PROGRAMS,
-    PROGRAMS_PER_MULTIPROCESSOR,
     SECTOR,
     TILE_BYTES,
     WHOLE_BYTES,
@@ -13,6 +11,7 @@ from fastnorm.kernels.launch import (
     divisor_class,
     fold_of,
     power_of_two,
+    programs_together,
     split,
 )
 
@@ -82,8 +81,7 @@ def group_plan(
         block_c = min(power_of_two(C), elements // block_s, GROUP_LANES)
         channel_blocks = cdiv(C, block_c)
         shared, others = cdiv(S, block_s), N * channel_blocks
-    together = COLUMN_PROGRAMS if columns and not whole else PROGRAMS_PER_MULTIPROCESSOR
-    share = split(shared, others, together, device)
+    share = split(shared, others, programs_together(columns and not whole), device)
     lanes = block_n * block_c
     num_warps = min(max(4 * lanes * block_s // elements, lanes // 256, 1), 4)
     return GroupPlan(

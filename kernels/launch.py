@@ -85,6 +85,11 @@ def fold_of(
     return max(lanes // threads, run, min(lanes, 4)), run
 
 
+def programs_together(columns: bool) -> int:
+    """Of a multiprocessor, that share index sets."""
+    return COLUMN_PROGRAMS if columns else PROGRAMS_PER_MULTIPROCESSOR
+
+
 def split(tiles: int, others: int, together: int, device: Device) -> int:
     """Tiles of each program, where so many others have as many tiles.
 

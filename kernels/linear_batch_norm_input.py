@@ -8,13 +8,7 @@ from torch import Tensor
 
 from fastnorm.kernels import cost
 from fastnorm.kernels.devices import device_of
-from fastnorm.kernels.launch import (
-    TILE_BYTES,
-    ChannelView,
-    cdiv,
-    divisor_class,
-    power_of_two,
-)
+from fastnorm.kernels.launch import TILE_BYTES, ChannelView, cdiv, divisor_class, power_of_two
 from fastnorm.kernels.linear_batch_norm_bwd import linear_batch_norm_bwd_join_kernel
 from fastnorm.kernels.linear_batch_norm_small_bwd import (
     linear_batch_norm_bwd_products_kernel,

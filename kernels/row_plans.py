@@ -27,7 +27,7 @@ ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
 ROW_FORWARD = ((128, 16, 22), (256, 32, 18), (512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_ROW = 4096
 # The same of groups, which differ in their parameters: each element of a tile keeps its own.
-GROUP_FORWARD = ((512, 16, 18), (1024, 32, 11), (4096, 32, 12))
+GROUP_FORWARD = ((512, 16, 17), (1024, 32, 11), (4096, 32, 12))
 AHEAD_BYTES = 65536  # of a multiprocessor: more under way is of no use
 
 

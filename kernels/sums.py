@@ -6,13 +6,7 @@ from torch import Tensor
 
 from fastnorm.kernels.device.channels import channels_of
 from fastnorm.kernels.device.tiles import load_as, store_cast
-from fastnorm.kernels.launch import (
-    MERGE_CHANNELS,
-    MERGE_PARTIALS,
-    MERGE_WARPS,
-    SIZES,
-    cdiv,
-)
+from fastnorm.kernels.launch import MERGE_CHANNELS, MERGE_PARTIALS, MERGE_WARPS, SIZES, cdiv
 
 
 @triton.jit

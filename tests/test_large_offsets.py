@@ -17,7 +17,14 @@ from cases import assert_close
 from probes import committed, draw, reserved
 
 import fastnorm.functional as FF
-from fastnorm.kernels import batch_norm, channel_plans, devices, layer_norm, row_plans
+from fastnorm.kernels import (
+    batch_norm,
+    channel_plans,
+    devices,
+    group_norm,
+    layer_norm,
+    row_plans,
+)
 from fastnorm.kernels.launch import ChannelView
 
 checked = contextlib.nullcontext
@@ -103,6 +110,26 @@ def lazily(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
         return made.zero_() if made.numel() < 2**24 else made
 
     return empty
+
+
+@lazy
+def test_contiguous_groups_beyond_2_to_the_31_elements(monkeypatch):
+    """The last groups of the last sample, as rows; all else takes no memory."""
+    N, C, G = 2**21 + 8, 1024, 8
+    K = C // G
+    assert N * C > 2**31
+    monkeypatch.setattr(interpreter, "programs_of", lambda sizes: [tuple(n - 1 for n in sizes)])
+    x = reserved(N * C, torch.bfloat16).view(N, C)
+    x[-1] = draw(C, device=x.device, dtype=x.dtype, seed=0)
+    view = ChannelView(N, C, 1, columns=True)
+    with devices.assume(devices.Device(10**6)), checked(modules=()):
+        plan = row_plans.group_row_plan(N, G, K, 2, 8, 2, devices.device_of(x.device))
+        assert plan.programs == N  # one sample each
+        y, stats = group_norm.forward(x, None, None, None, None, None, 0.0, 1e-5, "relu", view, G)
+    own = slice(C - plan.beside * K, C)
+    want = reference.group_norm(x[-1:, own].double(), plan.beside, None, None, 1e-5, None, "relu")
+    assert_close(y[-1:, own], want)
+    assert_close(stats[0, -1], x[-1, -K:].double().mean())
 
 
 @lazy

@@ -9,7 +9,7 @@ The fewest bytes of a pass, in passes over the input (n values an index set, b b
     + residual before the activation   1              0, or 2 for the mask that y tells
     + residual before the norm         2              1          r, sum; dsum
 
-What fits is what our kernels hold (kernels/launch.py). A linear layer and its batch norm: X and Y
+What fits is what our kernels hold (their plans). A linear layer and its batch norm: X and Y
 once in the forward, X, Y, dY and dX once in the backward, and the products of a linear layer alone.
 """
 

@@ -24,7 +24,6 @@ class BatchNormGap:
         self.fused = parts is not None
         self.samples: int | None = None
         self.values = self.batch = 0
-        self.training, self.momentum = False, None  # at the end
         self.parts: list[Number] = []  # mean gap, variance gap, batches tracked
         self._picked: Tensor | None = None  # a sample of the last batch, until it is settled
 
@@ -47,13 +46,10 @@ class BatchNormGap:
         self.batch = min(batch, len(self._picked))
         samples.later(_settle, self)
 
-    def finish(self) -> None:
-        self.training, self.momentum = bool(self.norm.training), self.norm.momentum
-
     def read(self, value: Callable[[Number], float]) -> dict[str, Any]:
         seen: dict[str, Any] = {
             "samples": self.samples, "channel_values": self.values,
-            "training": self.training, "momentum": self.momentum,
+            "training": bool(self.norm.training), "momentum": self.norm.momentum,
         }  # fmt: skip
         if self.parts:
             seen["mean_gap"], seen["var_gap"], seen["batches_tracked"] = map(value, self.parts)

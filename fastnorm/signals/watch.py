@@ -130,8 +130,6 @@ class Watch:
             self.dead = number((self.peak <= 0).sum())
         if self.weight is not None:
             self.weight.finish()
-        if self.batch_norm is not None:
-            self.batch_norm.finish()
 
     def parts(self) -> list[Number]:
         """All that may have to come from a device."""

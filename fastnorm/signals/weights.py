@@ -97,7 +97,6 @@ class Weight:
             self.ratio = change / before
         self._before = None
 
-    @torch.no_grad()
     def finish(self) -> None:
         """Look at the weight as it is at the end: units that an update told apart are not alike."""
         whole = self.parameter.detach()

@@ -8,7 +8,6 @@ nothing was. A module with other state than plain values and functions is not as
 import inspect
 import random
 import types
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -25,25 +24,11 @@ PLAIN = (
     bool, int, float, str, type(None), torch.dtype, torch.device, types.FunctionType,
     types.BuiltinFunctionType, types.MethodType, type,
 )  # fmt: skip
-KNOWN: dict[str, Callable[[Tensor], Tensor]] = {
-    "relu": F.relu,
-    "relu6": F.relu6,
-    "elu": F.elu,
-    "selu": F.selu,
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "silu": F.silu,
-    "mish": F.mish,
-    "hardswish": F.hardswish,
-    "softplus": F.softplus,
-    "tanh": torch.tanh,
-    "sigmoid": torch.sigmoid,
-    "hardtanh": F.hardtanh,
-    "hardsigmoid": F.hardsigmoid,
-    "softsign": F.softsign,
-    "logsigmoid": F.logsigmoid,
-    "tanhshrink": F.tanhshrink,
-}
+OTHERS = ("leaky_relu", "prelu", "rrelu", "celu", "threshold")
+"""Of parameters, chance or arguments: a slope is looked for; CELU is ELU at its default."""
+KNOWN: dict[str, nn.Module] = {
+    name: kind() for kind, name in activations.MODULES.items() if name not in OTHERS
+} | {"gelu_tanh": nn.GELU("tanh")}
 
 
 def activations_of(model: nn.Module) -> dict[nn.Module, Activation]:
@@ -89,7 +74,7 @@ def _of_values(module: nn.Module) -> Activation | None:
     y = _values(module, x)
     if y is None:
         return None
-    apart = {name: float((function(x) - y).abs().max()) for name, function in KNOWN.items()}
+    apart = {name: float((known.forward(x) - y).abs().max()) for name, known in KNOWN.items()}
     nearest = min(apart, key=lambda name: apart[name])
     if apart[nearest] < NEAR:
         return Activation(nearest)

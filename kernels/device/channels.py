@@ -50,7 +50,7 @@ def channels_of(block, C, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def columns_of(
+def columns_of_block(
     block, N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr,
 ):  # fmt: skip

@@ -2,8 +2,8 @@
 
 An index set of one channel is all (n, s). A tile is BLOCK_N × BLOCK_S of it, flattened to one axis
 of lanes, times BLOCK_C channels. Either s is innermost in memory (rows: NCHW and its like) or c is
-(columns: channels_last; or short planes side by side, see columns_of). BLOCK_N > 1 only where one
-block covers S.
+(columns: channels_last; or short planes side by side, see columns_of_block). BLOCK_N > 1 only where
+one block covers S.
 """
 
 import triton
