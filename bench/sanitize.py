@@ -12,6 +12,7 @@ import pkgutil
 
 import torch
 from case import Case
+from families.group_norm import GroupNormCase
 from families.layer_norm import LayerNormCase
 from families.linear_batch_norm import LinearBatchNormCase
 from grid import SMALL_CASES
@@ -23,10 +24,11 @@ import fastnorm.kernels
 LISTED = (
     *SMALL_CASES,
     LayerNormCase("looped rows", (192, 20000)),
+    GroupNormCase("looped groups", (64, 128, 16, 17), num_groups=8),
     LinearBatchNormCase("joined", (4096, 33), features=41, joined=True),
 )
-"""Small cases, rows too long for one tile but too many to be shared by programs, and a product of
-the library's."""
+"""Small cases, rows and groups too long for one tile but too many to be shared by programs, and a
+product of the library's."""
 
 
 def kernels() -> set[str]:

@@ -19,7 +19,7 @@ sample: they need not know its groups. They leave the moments and sums of single
 beside the tiles, and merging these is all that a group is. act′ is treated as in batch_norm.py.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,6 +39,7 @@ from fastnorm.kernels.group_norm_fwd import (
     group_norm_fwd_kernel,
     group_norm_fwd_moments_kernel,
     group_norm_fwd_rows_kernel,
+    group_norm_fwd_run_kernel,
     instance_norm_running_kernel,
 )
 from fastnorm.kernels.group_plans import (
@@ -56,7 +57,7 @@ from fastnorm.kernels.launch import (
     cdiv,
     divisor_class,
 )
-from fastnorm.kernels.row_plans import group_row_plan
+from fastnorm.kernels.row_plans import run_plan
 from fastnorm.kernels.sums import sum_partials
 
 __all__ = ["backward", "forward", "saved_for_gate"]
@@ -71,6 +72,15 @@ class _Launch(NamedTuple):
     merge_grid: tuple[int]
     merge: dict[str, int]
     dtype: torch.dtype  # of what is computed in
+
+
+class _Whole(NamedTuple):
+    """A forward of one launch, whose programs own whole groups."""
+
+    kernel: Any
+    programs: int
+    shares: tuple[int, ...]
+    constants: dict[str, int | bool]
 
 
 def _launch(x: Tensor, view: ChannelView, num_groups: int) -> _Launch:
@@ -93,26 +103,31 @@ def _launch(x: Tensor, view: ChannelView, num_groups: int) -> _Launch:
     return _Launch(plan, (N, C, S, num_groups, K), tile, grid, merge, dtype)
 
 
-def _rows(
+def _of_runs(
     x: Tensor, residual: Tensor | None, view: ChannelView, num_groups: int
-) -> tuple[tuple[int], tuple[int, int, int], dict[str, int | bool]] | None:
-    """(grid, shares, constants) of a forward whose groups are contiguous and fit registers."""
+) -> _Whole | None:
+    """The forward's launch where groups are contiguous, unless programs are to share them."""
     N, C, S, columns = view
     if columns and S > 1:
         return None
     L = C // num_groups * S
-    align = divisor_class(L, x.element_size())
-    loaded = x.element_size() + (0 if residual is None else residual.element_size())
-    device = device_of(x.device)
-    plan = group_row_plan(N, num_groups, L, x.element_size(), align, loaded, device)
+    itemsize = x.element_size()
+    align, within = divisor_class(L, itemsize), divisor_class(S, itemsize)
+    loaded = itemsize + (0 if residual is None else residual.element_size())
+    plan = run_plan(N, num_groups, L, itemsize, align, within, loaded, device_of(x.device))
     if plan is None:
         return None
     constants = {
-        "FULL": plan.is_full(L), "BLOCK_M": plan.block_m, "BLOCK_G": plan.beside,
-        "BLOCK_N": plan.block_n, "ALIGN": align, "STAGES": plan.stages, **plan.options,
+        "FULL": plan.is_full(L), "BLOCK_N": plan.block_n, "ALIGN": align, "WITHIN": within,
+        **plan.options,
     }  # fmt: skip
-    grid = (plan.programs * cdiv(num_groups, plan.beside),)
-    return grid, (plan.programs, plan.tiles, plan.tiles_per_program), constants
+    if not plan.whole:
+        constants |= {"FOLD": plan.fold, "RUN": plan.run}
+        return _Whole(group_norm_fwd_run_kernel, N * num_groups, (plan.tiles,), constants)
+    constants |= {"BLOCK_M": plan.block_m, "BLOCK_G": plan.beside, "STAGES": plan.stages}
+    grid = plan.programs * cdiv(num_groups, plan.beside)
+    shares = (plan.programs, plan.tiles, plan.tiles_per_program)
+    return _Whole(group_norm_fwd_rows_kernel, grid, shares, constants)
 
 
 def forward(
@@ -142,16 +157,16 @@ def forward(
     y = torch.empty_like(x, dtype=y_dtype)
     stats = torch.empty(3, N * G, dtype=dtype, device=x.device)
     std = None if running_mean is None else torch.empty(N * G, dtype=dtype, device=x.device)
-    rows = _rows(x, residual, view, num_groups)
-    if rows is not None:
-        grid, shares, constants = rows
-        group_norm_fwd_rows_kernel[grid](
-            x, residual, weight, bias, y, stats, std, eps, *groups, *shares, ACT=act, **constants
-        )
-    elif plan.whole:
-        group_norm_fwd_kernel[(cdiv(N, plan.block_n) * plan.channel_blocks,)](
-            x, residual, weight, bias, y, stats, std, eps, *groups, plan.tiles, ACT=act, **tile
-        )
+    whole = _of_runs(x, residual, view, num_groups)
+    if whole is None and plan.whole:
+        programs = cdiv(N, plan.block_n) * plan.channel_blocks
+        constants = {name: value for name, value in tile.items() if name != "COLUMNS"}
+        whole = _Whole(group_norm_fwd_kernel, programs, (plan.tiles,), constants)
+    if whole is not None:
+        whole.kernel[(whole.programs,)](
+            x, residual, weight, bias, y, stats, std, eps, *groups, *whole.shares,
+            ACT=act, **whole.constants,
+        )  # fmt: skip
     else:
         grid = (N * plan.channel_blocks * plan.programs,)
         shares = (plan.programs, plan.tiles, plan.share)

@@ -13,9 +13,11 @@ from fastnorm.kernels.device.channels import (
     wide_sizes,
 )
 from fastnorm.kernels.device.groups import (
+    affine_of_run,
     channels_of_groups,
     moments_of_groups,
     positions_of_lanes,
+    repeat,
     samples_of_lanes,
     share_of_sample,
     wide_channels,
@@ -28,8 +30,14 @@ from fastnorm.kernels.device.moments import (
     rstd_of,
     two_sum,
 )
-from fastnorm.kernels.device.rows import columns_of, row_moments, wide_rows
-from fastnorm.kernels.device.tiles import load_as, store_cast
+from fastnorm.kernels.device.rows import (
+    centered,
+    columns_of,
+    moments_of_long_row,
+    row_moments,
+    wide_rows,
+)
+from fastnorm.kernels.device.tiles import STAGES, load_as, store_cast
 from fastnorm.kernels.launch import GROUP_SIZES
 
 
@@ -44,7 +52,7 @@ def save_statistics(mean, rest, std, eps, r, mask, R, stats_ptr, std_ptr):
     return rstd
 
 
-# One program owns BLOCK_C // BLOCK_K groups of BLOCK_N samples.
+# One program owns BLOCK_C // BLOCK_K groups of BLOCK_N samples, channels innermost.
 @triton.jit(do_not_specialize=GROUP_SIZES)
 def group_norm_fwd_kernel(
     x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
@@ -53,19 +61,19 @@ def group_norm_fwd_kernel(
     N, C, S, G, K, tiles,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
-    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    K = wide_channels(K, ALIGN, COLUMNS and PADDED)
+    N, C, S = wide_sizes(N, C, S, ALIGN, True)
+    K = wide_channels(K, ALIGN, PADDED)
     pid = tl.program_id(0)
     blocks = tl.cdiv(G, BLOCK_C // BLOCK_K)
     g, c, cmask = channels_of_groups(pid % blocks, C, K, BLOCK_N, BLOCK_C, BLOCK_K, PADDED)
     n = samples_of_lanes(pid // blocks, BLOCK_N, BLOCK_C)
     mask = cmask & (n < N)
-    at = positions_of_lanes(n, c, C, S, COLUMNS)
+    at = positions_of_lanes(n, c, C, S, True)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, RUN, COLUMNS
+        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, RUN, True
     )
     mean, rest, std = moments_of_groups(mean, rest, std, K, BLOCK_K)
     speaks = mask & (tl.arange(0, BLOCK_N * BLOCK_C) % BLOCK_K == 0)
@@ -73,12 +81,12 @@ def group_norm_fwd_kernel(
     w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, 0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
-        ACT, 1, BLOCK_S, COLUMNS,
+        ACT, 1, BLOCK_S, True,
     )  # fmt: skip
 
 
 # One program owns BLOCK_G groups, each contiguous, of some consecutive blocks of samples, and keeps
-# each block in registers.
+# each block in registers. WITHIN neighbours have the same parameters.
 @triton.jit(do_not_specialize=GROUP_SIZES)
 def group_norm_fwd_rows_kernel(
     x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
@@ -86,7 +94,7 @@ def group_norm_fwd_rows_kernel(
     eps: tl.float64,
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT: tl.constexpr, FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, WITHIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     R, L = wide_rows(N.to(tl.int64) * G, K * S, ALIGN)
@@ -94,9 +102,7 @@ def group_norm_fwd_rows_kernel(
     lane = tl.arange(0, BLOCK_M)
     g = pid // P * BLOCK_G + lane % BLOCK_G
     col, inside = columns_of(0, L, BLOCK_N, FULL)
-    # in int32: a 64-bit division is a function call on a GPU
-    c = (g * K)[:, None] + (col.to(tl.int32) // S)[None, :]
-    w, b = load_affine(w_ptr, b_ptr, c, (g < G)[:, None] & inside[None, :], ACC)
+    w, b = affine_of_run(w_ptr, b_ptr, 0, g, g < G, K, S, L, ACC, BLOCK_N, WITHIN)
     first = pid % P * tiles_per_program
     for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=STAGES):
         n = tl.cast(tile, tl.int64) * (BLOCK_M // BLOCK_G) + lane // BLOCK_G
@@ -108,7 +114,42 @@ def group_norm_fwd_rows_kernel(
         mean, rest, std, d = row_moments(x, inside[None, :], L.to(ACC), True)
         rest = finite_or_zero(rest)  # an infinite mean stays infinite, as a running mean shows
         rstd = save_statistics(mean, rest, std, eps, row, rmask, R, stats_ptr, std_ptr)
-        z = d * rstd[:, None] * w + b
+        z = d * rstd[:, None] * repeat(w, WITHIN) + repeat(b, WITHIN)
+        if residual_ptr is not None:
+            z += load_as(residual_ptr, at, mask, ACC)
+        store_cast(y_ptr, at, ACT(z), mask)
+
+
+# One program owns a group that is contiguous, of several tiles, and reads it twice: the second time
+# from a cache. WITHIN neighbours have the same parameters.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_fwd_run_kernel(
+    x_ptr, residual_ptr, w_ptr, b_ptr,      # (N, C, S), (N, C, S), (C,), (C,)
+    y_ptr, stats_ptr, std_ptr,              # (N, C, S), (3, N·G): mean, rest, rstd; (N·G,)
+    eps: tl.float64,
+    N, C, S, G, K, tiles,
+    ACT: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr,
+    ALIGN: tl.constexpr, WITHIN: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    R, L = wide_rows(N.to(tl.int64) * G, K * S, ALIGN)
+    row = tl.program_id(0) + tl.arange(0, 1)
+    start = tl.program_id(0).to(tl.int64) * L
+    _, mean, rest, std = moments_of_long_row(
+        x_ptr + start, None, None, 0, tiles, L, ACC, True, FULL, BLOCK_N, FOLD, RUN, 1
+    )
+    rest = finite_or_zero(rest)  # an infinite mean stays infinite, as a running mean shows
+    rstd = save_statistics(mean, rest, std, eps, row, row < R, R, stats_ptr, std_ptr)
+    for i in tl.range(0, tiles, num_stages=STAGES):
+        tile = tiles - 1 - i  # what was read before is still in the cache
+        col, inside = columns_of(tile, L, BLOCK_N, FULL)
+        at, mask = start + col[None, :], inside[None, :]
+        x = load_as(x_ptr, at, mask, ACC)
+        w, b = affine_of_run(
+            w_ptr, b_ptr, tile * BLOCK_N, row % G, row < R, K, S, L, ACC, BLOCK_N, WITHIN
+        )
+        xhat = centered(x, mean, rest, True) * rstd[:, None]
+        z = xhat * repeat(w, WITHIN) + repeat(b, WITHIN)
         if residual_ptr is not None:
             z += load_as(residual_ptr, at, mask, ACC)
         store_cast(y_ptr, at, ACT(z), mask)

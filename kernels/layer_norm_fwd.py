@@ -3,10 +3,8 @@
 import triton
 import triton.language as tl
 
-from fastnorm.kernels.device.channels import moments_of_tiles
 from fastnorm.kernels.device.moments import (
     finite_or_zero,
-    is_finite,
     merge_partials,
     rstd_of,
     two_sum,
@@ -16,6 +14,7 @@ from fastnorm.kernels.device.rows import (
     columns_of,
     load_scale,
     load_sum,
+    moments_of_long_row,
     moments_of_row,
     row_moments,
     rows_of,
@@ -130,17 +129,10 @@ def layer_norm_fwd_moments_kernel(
         sum_ptr += r * N
     first = p * tiles_per_program
     last = tl.minimum(first + tiles_per_program, tiles)
-    std = tl.full((1,), float("inf"), ACC)
-    count, mean, rest = std, std, std
-    if CENTER and residual_ptr is None:  # each thread sums its own: there are many tiles
-        one = tl.zeros((1,), tl.int64)
-        count, mean, rest, std = moments_of_tiles(
-            x_ptr, first, last, one, one == 0, 1, 1, N, ACC, 1, BLOCK_N, 1, FOLD, RUN, False
-        )
-    if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # not yet, or squares overflowed
-        count, mean, rest, std = moments_of_row(
-            x_ptr, residual_ptr, sum_ptr, first, last, N, ACC, CENTER, FULL, BLOCK_N, STAGES
-        )
+    count, mean, rest, std = moments_of_long_row(
+        x_ptr, residual_ptr, sum_ptr, first, last, N, ACC,
+        CENTER, FULL, BLOCK_N, FOLD, RUN, STAGES,
+    )  # fmt: skip
     at = r * P + p + tl.arange(0, 1)
     tl.store(partial_ptr + at, count)
     tl.store(partial_ptr + M * P + at, mean)

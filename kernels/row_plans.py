@@ -7,6 +7,7 @@ from fastnorm.kernels.launch import (
     PROGRAMS_PER_MULTIPROCESSOR,
     SECTOR,
     TILE_BYTES,
+    WHOLE_BYTES,
     cdiv,
     fold_of,
     power_of_two,
@@ -27,7 +28,10 @@ ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
 ROW_FORWARD = ((128, 16, 22), (256, 32, 18), (512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_ROW = 4096
 # The same of groups, which differ in their parameters: each element of a tile keeps its own.
-GROUP_FORWARD = ((512, 16, 17), (1024, 32, 11), (4096, 32, 12))
+GROUP_FORWARD = ((512, 16, 17), (1024, 32, 11), (4096, 32, 12), (WIDEST_ROW, 32, 16))
+KEPT_GROUP = 4096
+RUN_TILE, RUN_WARPS = 4096, 4  # of a longer group
+RUN_BYTES = 98304  # of one that a program reads twice: so many of all that are resident are cached
 AHEAD_BYTES = 65536  # of a multiprocessor: more under way is of no use
 
 
@@ -176,23 +180,36 @@ def row_gradient_plan(
     )  # fmt: skip
 
 
-def group_row_plan(
-    N: int, G: int, L: int, itemsize: int, align: int, loaded: int, device: Device
+def run_plan(
+    N: int, G: int, L: int, itemsize: int, align: int, within: int, loaded: int, device: Device
 ) -> RowPlan | None:
-    """Forward of N samples of G groups of L contiguous elements; None: too many for registers.
+    """Forward of N samples of G groups of L contiguous elements; None: programs share a group.
 
-    Programs share the blocks of samples of `beside` groups.
+    So many neighbours `within` a vector have the same parameters. Groups in registers are taken in
+    blocks of samples of `beside` groups; else a program has one group, and reads its tiles twice.
     """
-    if power_of_two(L) * _wide(itemsize) > GROUP_FORWARD[-1][0]:
+    wide = _wide(itemsize)
+    few = 2 * device.multiprocessors > N * G
+    widest = WIDEST_ROW if few and within * itemsize == 16 else KEPT_GROUP
+    if power_of_two(L) * wide <= widest:
+        block_m, block_n, stages, options, together = _row_tile(
+            GROUP_FORWARD, L, itemsize, align, loaded, device
+        )
+        # no lanes beyond the groups; but where groups are few and short, sectors are to be whole
+        beside = G & -G if L * itemsize >= SECTOR else power_of_two(G)
+        beside = min(beside, block_m)
+        wanted = together * device.multiprocessors // cdiv(G, beside)
+        return RowPlan(
+            True, block_m, block_n, stages, options,
+            *_shares(cdiv(N, block_m // beside), wanted), beside=beside,
+        )  # fmt: skip
+    if L * itemsize > (WHOLE_BYTES if few else RUN_BYTES):
         return None
-    block_m, block_n, stages, options, together = _row_tile(
-        GROUP_FORWARD, L, itemsize, align, loaded, device
-    )
-    # no lanes beyond the groups; but where groups are few and short, sectors are to be whole
-    beside = G & -G if L * itemsize >= SECTOR else power_of_two(G)
-    beside = min(beside, block_m)
-    wanted = together * device.multiprocessors // cdiv(G, beside)
+    block_n = (RUN_TILE if align >= 4 else RUN_TILE // 2) // wide
+    if L % block_n and L % (block_n // 2) == 0:
+        block_n //= 2
+    options = resident(RUN_WARPS, ROW_WARPS, itemsize, device)
     return RowPlan(
-        True, block_m, block_n, stages, options,
-        *_shares(cdiv(N, block_m // beside), wanted), beside=beside,
+        False, 1, block_n, 3, options, *_shares(cdiv(L, block_n), 1),
+        *fold_of(block_n, 1, align, RUN_WARPS, columns=False),
     )  # fmt: skip

@@ -45,8 +45,9 @@ def constants(way: str, *eager: tuple[object, Mapping[str, object]]) -> Iterator
 
             for plans in (channel_plans, group_plans):
                 put(plans, {"TILE_BYTES": 512, "WHOLE_BYTES": 1024})
+            put(row_plans, {"WHOLE_BYTES": 1024, "RUN_BYTES": 2048, "RUN_TILE": 64})
             put(group_plans, {"GROUP_LANES": 32})
-            put(row_plans, {"GROUP_FORWARD": ((32, 16, 18),)})
+            put(row_plans, {"KEPT_GROUP": 32, "WIDEST_ROW": 128})
             put(batch_norm, {"MERGE_PARTIALS": 4})
             put(group_norm, {"GROUP_MERGE_PARTIALS": 4, "MERGE_PARTIALS": 4})
             programs = 64 if way == "small, many programs" else 2

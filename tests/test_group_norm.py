@@ -119,7 +119,9 @@ SHAPES = [
     ((2, 320, 2, 2), 32),
     ((2, 40, 8, 8), 1),  # forty channels a group
     ((2, 96, 3, 3), 32),  # three channels a group
-    ((2, 4, 50, 60), 2),  # several tiles a group
+    ((1, 8, 32, 32), 1),  # more than a program keeps of many groups
+    ((4, 12, 32, 32), 2),  # several tiles a group, all of them full
+    ((2, 4, 50, 60), 2),  # several tiles a group, the last not full
     ((2, 4, 120, 121), 2),  # a channel larger than a tile, shared by programs
     ((2, 40, 24, 25), 1),
     ((2, 30, 31, 33), 3),
@@ -141,17 +143,26 @@ def test_matches_float64(backend, shape, num_groups, dtype):
         assert got["dx"].shape == case.x.shape
 
 
-@pytest.mark.parametrize("registers", [True, False], ids=["in registers", "looped"])
+SHORT = [((9, 12), 3), ((5, 12, 2), 6), ((3, 70, 3), 35), ((300, 24), 3), ((4, 33, 7), 3)]
+"""Few groups, short ones, more than a tile has, a tile of several samples, odd, many tiles."""
+IN_TILES = {"KEPT_GROUP": 0, "WIDEST_ROW": 0, "RUN_TILE": 64}
+SHARED = {"KEPT_GROUP": 0, "WIDEST_ROW": 0, "RUN_BYTES": 0, "WHOLE_BYTES": 0}
+CONTIGUOUS = [("in registers", {}, *case) for case in SHORT]
+for case in (((2, 12, 2), 6), ((3, 33, 7), 3), ((2, 6, 8, 8), 2)):  # one vector, odd, full tiles
+    CONTIGUOUS += [("in tiles", IN_TILES, *case), ("shared", SHARED, *case)]
+
+
 @pytest.mark.parametrize(
-    ("shape", "num_groups"),
-    # few groups, short ones, more than a tile has, a tile of several samples, odd, many tiles
-    [((9, 12), 3), ((5, 12, 2), 6), ((3, 70, 3), 35), ((300, 24), 3), ((4, 33, 7), 3)],
-    ids=str,
+    ("way", "constants", "shape", "num_groups"),
+    CONTIGUOUS,
+    ids=lambda value: "" if isinstance(value, dict) else str(value),
 )
-def test_contiguous_groups(backend, monkeypatch, shape, num_groups, registers):
-    if not registers:
+def test_contiguous_groups(backend, monkeypatch, way, constants, shape, num_groups):
+    for name, value in constants.items():
         row_plans = pytest.importorskip("fastnorm.kernels.row_plans")
-        monkeypatch.setattr(row_plans, "GROUP_FORWARD", ((0, 16, 18),))
+        monkeypatch.setattr(row_plans, name, value)
+        if name == "WHOLE_BYTES":
+            monkeypatch.setattr("fastnorm.kernels.group_plans.WHOLE_BYTES", value)
     for dtype in (torch.float32, torch.bfloat16):
         for residual in (False, True):
             options = {"residual": residual, "activation": "silu"}

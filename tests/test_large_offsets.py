@@ -113,8 +113,12 @@ def lazily(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 @lazy
-def test_contiguous_groups_beyond_2_to_the_31_elements(monkeypatch):
+@pytest.mark.parametrize("kept", [True, False], ids=["in registers", "in tiles"])
+def test_contiguous_groups_beyond_2_to_the_31_elements(monkeypatch, kept):
     """The last groups of the last sample, as rows; all else takes no memory."""
+    if not kept:
+        monkeypatch.setattr(row_plans, "KEPT_GROUP", 0)
+        monkeypatch.setattr(row_plans, "WIDEST_ROW", 0)
     N, C, G = 2**21 + 8, 1024, 8
     K = C // G
     assert N * C > 2**31
@@ -123,8 +127,9 @@ def test_contiguous_groups_beyond_2_to_the_31_elements(monkeypatch):
     x[-1] = draw(C, device=x.device, dtype=x.dtype, seed=0)
     view = ChannelView(N, C, 1, columns=True)
     with devices.assume(devices.Device(10**6)), checked(modules=()):
-        plan = row_plans.group_row_plan(N, G, K, 2, 8, 2, devices.device_of(x.device))
-        assert plan.programs == N  # one sample each
+        plan = row_plans.run_plan(N, G, K, 2, 8, 1, 2, devices.device_of(x.device))
+        assert plan.whole == kept
+        assert plan.programs == (N if kept else 1)  # one sample each
         y, stats = group_norm.forward(x, None, None, None, None, None, 0.0, 1e-5, "relu", view, G)
     own = slice(C - plan.beside * K, C)
     want = reference.group_norm(x[-1:, own].double(), plan.beside, None, None, 1e-5, None, "relu")

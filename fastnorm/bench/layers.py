@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fastnorm.kernels.launch import WHOLE_BYTES
-from fastnorm.kernels.row_plans import WIDEST_ROW, WIDEST_ROW_BACKWARD
+from fastnorm.kernels.row_plans import RUN_BYTES, WIDEST_ROW, WIDEST_ROW_BACKWARD
 
 FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -112,8 +112,9 @@ class Layer:
             sets = self.shape[0] * self.arguments[0]
         elif self.kind.startswith("Instance"):
             sets = self.shape[0] * self.shape[1]
-        fits = math.prod(self.shape) // sets * dtype.itemsize <= WHOLE_BYTES
-        return fits, fits
+        size = math.prod(self.shape) // sets * dtype.itemsize
+        run = self.layout == "contiguous" and "Batch" not in self.kind
+        return size <= (RUN_BYTES if run else WHOLE_BYTES), size <= WHOLE_BYTES
 
     def flops(self, kind: str) -> int:
         """Of the formulas: a product's 2MKN (6MKN in a step), else a few an element."""

@@ -149,7 +149,7 @@ def load_stats(stats_ptr, c, cmask, C):
 def moments_of_tiles(
     x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, FULL: tl.constexpr = False,
 ):  # fmt: skip
     """(count, mean, rest, std) of each channel over the tiles first … last-1; count is (1,).
 
@@ -157,7 +157,7 @@ def moments_of_tiles(
     no digits, and in a unit in which the squares of that tile do not overflow.
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    n, s, inside = lanes_of_tile(first, N, S, lane, BLOCK_N, BLOCK_S)
+    n, s, inside = lanes_of_tile(first, N, S, lane, BLOCK_N, BLOCK_S, FULL)
     at = tile_offsets(n, s, c, C, S, COLUMNS)
     x = load_as(x_ptr, at, inside[:, None] & cmask[None, :], ACC)
     scale = scale_of(tl.max(tl.abs(x), axis=0))
@@ -172,10 +172,10 @@ def moments_of_tiles(
     mean = tl.zeros((LANES, BLOCK_C), ACC)
     m2 = tl.zeros((LANES, BLOCK_C), ACC)
     for tile in tl.range(first, last, num_stages=STAGES):
-        n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
+        n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S, FULL)
         mask = inside[:, None] & cmask[None, :]
         x = load_as(x_ptr, tile_offsets(n, s, c, C, S, COLUMNS), mask, ACC)
-        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, RUN)
+        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, RUN, FULL)
         d = x * unit - pivot[None, :]
         mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, RUN)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)

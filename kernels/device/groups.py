@@ -9,6 +9,7 @@ multiplies by S (rows) or adds (columns).
 import triton
 import triton.language as tl
 
+from fastnorm.kernels.device.channels import load_affine
 from fastnorm.kernels.device.moments import merge_partials, pivot_of, two_sum
 
 
@@ -103,3 +104,29 @@ def moments_of_groups(mean, rest, std, K, BLOCK_K: tl.constexpr):
     _, mean_g, std_g = merge_partials((k < K).to(mean.dtype), mean_k, std_k)
     mean_g, rest_g = two_sum(base, mean_g)
     return on_lanes(mean_g, BLOCK_K), on_lanes(rest_g, BLOCK_K), on_lanes(std_g, BLOCK_K)
+
+
+@triton.jit
+def affine_of_run(
+    w_ptr, b_ptr, start, g, gmask, K, S, L, ACC: tl.constexpr,
+    BLOCK_N: tl.constexpr, WITHIN: tl.constexpr,
+):  # fmt: skip
+    """(w, b) of the elements from `start` of contiguous groups g: (groups, BLOCK_N / WITHIN).
+
+    So many neighbours are of one channel.
+    """
+    at = start + tl.arange(0, BLOCK_N // WITHIN) * WITHIN
+    # in 32 bits, without a sign: a 64-bit division is a function call on a GPU
+    k = (at.to(tl.uint32) // S.to(tl.uint32)).to(tl.int32)
+    c = (g * K)[:, None] + k[None, :]
+    return load_affine(w_ptr, b_ptr, c, gmask[:, None] & (at < L)[None, :], ACC)
+
+
+@triton.jit
+def repeat(t, WITHIN: tl.constexpr):
+    """Each number of (rows, columns) so many times, side by side."""
+    if WITHIN == 1:
+        return t
+    M: tl.constexpr = t.shape[0]
+    N: tl.constexpr = t.shape[1]
+    return tl.reshape(tl.broadcast_to(t[:, :, None], (M, N, WITHIN)), (M, N * WITHIN))

@@ -7,6 +7,7 @@ whose moments are about zero: its mean and rest are 0 and its std is the root me
 import triton
 import triton.language as tl
 
+from fastnorm.kernels.device.channels import moments_of_tiles
 from fastnorm.kernels.device.moments import (
     finite_or_zero,
     is_finite,
@@ -111,6 +112,27 @@ def moments_of_row(
         mean_t = (mean_t - base) + rest_t
         count, mean, std = merge_two(count, mean, std, count_t, mean_t, std_t)
     return count, base, mean, std
+
+
+@triton.jit
+def moments_of_long_row(
+    x_ptr, residual_ptr, sum_ptr, first, last, N, ACC: tl.constexpr,
+    CENTER: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """`moments_of_row` of many tiles: where nothing is added, each thread sums its own."""
+    std = tl.full((1,), float("inf"), ACC)
+    count, mean, rest = std, std, std
+    if CENTER and residual_ptr is None:
+        one = tl.zeros((1,), tl.int64)
+        count, mean, rest, std = moments_of_tiles(
+            x_ptr, first, last, one, one == 0, 1, 1, N, ACC, 1, BLOCK_N, 1, FOLD, RUN, False, FULL
+        )
+    if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # not yet, or squares overflowed
+        count, mean, rest, std = moments_of_row(
+            x_ptr, residual_ptr, sum_ptr, first, last, N, ACC, CENTER, FULL, BLOCK_N, STAGES
+        )
+    return count, mean, rest, std
 
 
 @triton.jit

@@ -32,10 +32,15 @@ def start_of_tile(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
-def lanes_of_tile(tile, N, S, lane, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
-    """(n, s, inside) of some lanes of tile number `tile`; n and s as int64."""
+def lanes_of_tile(
+    tile, N, S, lane, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, FULL: tl.constexpr = False
+):
+    """(n, s, inside) of some lanes of tile number `tile`; n and s as int64.
+
+    FULL: no tile reaches beyond S, as the compiler can see.
+    """
     n, s, samples, positions = start_of_tile(tile, N, S, BLOCK_N, BLOCK_S)
-    inside = lane % BLOCK_S < positions
+    inside = tl.full(lane.shape, 1, tl.int1) if FULL else lane % BLOCK_S < positions
     if BLOCK_N > 1:
         inside &= lane // BLOCK_S < samples
     return n + lane // BLOCK_S, s + lane % BLOCK_S, inside
@@ -51,7 +56,7 @@ def count_of_tile(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
 @triton.jit
 def count_of_groups(
     tile, N, S, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """How many lanes of each group that `fold` sums are inside: (lanes / FOLD, 1).
 
@@ -61,7 +66,7 @@ def count_of_groups(
     run = tl.arange(0, GROUPS)
     runs = tl.zeros((GROUPS,), tl.int32)
     for k in tl.static_range(FOLD // RUN):
-        _, _, inside = lanes_of_tile(tile, N, S, (k * GROUPS + run) * RUN, BLOCK_N, BLOCK_S)
+        _, _, inside = lanes_of_tile(tile, N, S, (k * GROUPS + run) * RUN, BLOCK_N, BLOCK_S, FULL)
         runs += inside.to(tl.int32)
     return (runs * RUN).to(ACC)[:, None]
 
