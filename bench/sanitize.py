@@ -24,7 +24,7 @@ import fastnorm.kernels
 LISTED = (
     *SMALL_CASES,
     LayerNormCase("looped rows", (192, 20000)),
-    GroupNormCase("looped groups", (64, 128, 16, 17), num_groups=8),
+    GroupNormCase("looped groups", (64, 64, 32, 33), num_groups=8),
     LinearBatchNormCase("joined", (4096, 33), features=41, joined=True),
 )
 """Small cases, rows and groups too long for one tile but too many to be shared by programs, and a

@@ -9,23 +9,31 @@ from fastnorm.kernels.device.channels import (
     input_gradient_of_tiles,
     load_affine,
     load_stats,
+    load_xhat_dz,
     wide_sizes,
 )
 from fastnorm.kernels.device.groups import (
+    affine_of_run,
     channels_of_groups,
     positions_of_lanes,
+    repeat,
     samples_of_lanes,
     share_of_sample,
+    sum_of_blocks,
     sum_of_group,
     sum_of_samples,
+    sum_within,
+    sums_of_run,
+    tile_of_run,
     wide_channels,
 )
-from fastnorm.kernels.device.tiles import load_as, load_or
+from fastnorm.kernels.device.rows import columns_of, wide_rows
+from fastnorm.kernels.device.tiles import load_as, load_or, store_cast
 from fastnorm.kernels.launch import GROUP_SIZES
 
 
-# One program owns BLOCK_C // BLOCK_K groups, and one block of BLOCK_N samples after the other; it
-# leaves the parameters' partial sums over its samples.
+# One program owns BLOCK_C // BLOCK_K groups, channels innermost, and one block of BLOCK_N
+# samples after the other; it leaves the parameters' partial sums over its samples.
 @triton.jit(do_not_specialize=GROUP_SIZES)
 def group_norm_bwd_kernel(
     dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
@@ -34,13 +42,13 @@ def group_norm_bwd_kernel(
     N, C, S, G, K, P, tiles, blocks_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_K: tl.constexpr, PADDED: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     LANES: tl.constexpr = BLOCK_N * BLOCK_C
     last = tl.cdiv(N, BLOCK_N)
-    N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    K = wide_channels(K, ALIGN, COLUMNS and PADDED)
+    N, C, S = wide_sizes(N, C, S, ALIGN, True)
+    K = wide_channels(K, ALIGN, PADDED)
     L = (K * S).to(ACC)
     pid = tl.program_id(0)
     p = pid % P
@@ -52,12 +60,12 @@ def group_norm_bwd_kernel(
     for block in range(first, tl.minimum(first + blocks_per_program, last)):
         n = samples_of_lanes(block, BLOCK_N, BLOCK_C)
         mask = cmask & (n < N)
-        at = positions_of_lanes(n, c, C, S, COLUMNS)
+        at = positions_of_lanes(n, c, C, S)
         mean, rest, rstd = load_stats(stats_ptr, n * G + g, mask, N * G)
         dw_n, db_n = gradient_sums_of_tiles(
             dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr if dx_ptr is None else None,
             0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
-            ACT_GRAD, 1, BLOCK_S, LANES, FOLD, RUN, COLUMNS,
+            ACT_GRAD, 1, BLOCK_S, LANES, FOLD, RUN, True,
         )  # fmt: skip
         dw += dw_n
         db += db_n
@@ -66,12 +74,118 @@ def group_norm_bwd_kernel(
             input_gradient_of_tiles(
                 dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
                 0, tiles, at, mask, mean, rest, rstd, w, b, w, rstd, slope / L, shift / L, 1, C, S,
-                ACT_GRAD, 1, BLOCK_S, COLUMNS,
+                ACT_GRAD, 1, BLOCK_S, True,
             )  # fmt: skip
     if partial_ptr is not None:
         _, c, cmask = channels_of_groups(pid // P, C, K, 1, BLOCK_C, BLOCK_K, PADDED)
         tl.store(partial_ptr + p * C + c, sum_of_samples(dw, BLOCK_N), mask=cmask)
         tl.store(partial_ptr + (P + p) * C + c, sum_of_samples(db, BLOCK_N), mask=cmask)
+
+
+# One program owns BLOCK_G groups, each contiguous, of some consecutive blocks of samples, keeps
+# each block in registers, and leaves the parameters' partial sums over its samples. WITHIN
+# neighbours have the same parameters.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_bwd_rows_kernel(
+    dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
+    w_ptr, b_ptr, stats_ptr,                # (C,), (C,), (3, N·G)
+    dx_ptr, dz_ptr, partial_ptr,            # (N, C, S), (N, C, S), (2, P, C); None: not wanted
+    N, C, S, G, K, P, tiles, tiles_per_program,
+    ACT_GRAD: tl.constexpr, FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    ALIGN: tl.constexpr, WITHIN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    R, L = wide_rows(N.to(tl.int64) * G, K * S, ALIGN)
+    pid = tl.program_id(0)
+    p = pid % P
+    lane = tl.arange(0, BLOCK_M)
+    g = pid // P * BLOCK_G + lane % BLOCK_G
+    col, inside = columns_of(0, L, BLOCK_N, FULL)
+    w, b = affine_of_run(w_ptr, b_ptr, 0, g, g < G, K, S, L, ACC, BLOCK_N, WITHIN)
+    dw = tl.zeros((BLOCK_M, BLOCK_N // WITHIN), ACC)
+    db = tl.zeros((BLOCK_M, BLOCK_N // WITHIN), ACC)
+    first = p * tiles_per_program
+    for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=STAGES):
+        n = tl.cast(tile, tl.int64) * (BLOCK_M // BLOCK_G) + lane // BLOCK_G
+        row = n * G + g
+        rmask = (n < N) & (g < G)
+        mask = rmask[:, None] & inside[None, :]
+        at = (row * L)[:, None] + col[None, :]
+        mean, rest, rstd = load_stats(stats_ptr, row, rmask, R)
+        xhat, dz = load_xhat_dz(
+            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean[:, None], rest[:, None],
+            rstd[:, None], repeat(w, WITHIN), repeat(b, WITHIN), ACT_GRAD,
+        )  # fmt: skip
+        store_cast(dz_ptr, at, dz, mask)
+        if dx_ptr is not None:
+            wdz = dz * repeat(w, WITHIN)
+            slope = tl.sum(wdz * xhat, axis=1) / L.to(ACC)
+            shift = tl.sum(wdz, axis=1) / L.to(ACC)
+            dx = (wdz - shift[:, None] - xhat * slope[:, None]) * rstd[:, None]
+            store_cast(dx_ptr, at, dx, mask)
+        dw += sum_within(dz * xhat, WITHIN)
+        db += sum_within(dz, WITHIN)
+    if partial_ptr is not None:
+        g = pid // P * BLOCK_G + tl.arange(0, BLOCK_G)
+        k = tl.arange(0, BLOCK_K)
+        at = p.to(tl.int64) * C + (g * K)[:, None] + k[None, :]
+        mask = (g < G)[:, None] & (k < K)[None, :]
+        dw = sums_of_run(sum_of_blocks(dw, BLOCK_G), K, S, BLOCK_K, BLOCK_S, WITHIN)
+        db = sums_of_run(sum_of_blocks(db, BLOCK_G), K, S, BLOCK_K, BLOCK_S, WITHIN)
+        tl.store(partial_ptr + at, dw, mask=mask)
+        tl.store(partial_ptr + P.to(tl.int64) * C + at, db, mask=mask)
+
+
+# One program owns a group that is contiguous, and reads its tiles twice, the second time from a
+# cache: each is one of P parts of BLOCK_C channels, and it leaves the sums of each part.
+@triton.jit(do_not_specialize=GROUP_SIZES)
+def group_norm_bwd_run_kernel(
+    dy_ptr, x_ptr, y_ptr, residual_ptr,     # each (N, C, S); y or residual where act′ needs it
+    w_ptr, b_ptr, stats_ptr,                # (C,), (C,), (3, N·G)
+    dx_ptr, dz_ptr, partial_ptr,            # (N, C, S), (N, C, S), (2, P, N, C); None: not wanted
+    N, C, S, G, K, P, tiles,
+    ACT_GRAD: tl.constexpr, FULL: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
+    ALIGN: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = stats_ptr.dtype.element_ty
+    N, C, S = wide_sizes(N, C, S, ALIGN, False)
+    L = (K * S).to(ACC)
+    row = tl.program_id(0) + tl.arange(0, 1)
+    mean, rest, rstd = load_stats(stats_ptr, row, row < N * G, N * G)
+    c = tl.program_id(0) % G * K
+    first = tl.program_id(0) // G * C + c
+    slope = tl.zeros((BLOCK_C,), ACC)
+    shift = tl.zeros((BLOCK_C,), ACC)
+    for tile in tl.range(0, tiles, num_stages=STAGES):
+        part, k, inside, at, mask = tile_of_run(tile, first, P, K, S, BLOCK_S, BLOCK_C, FULL)
+        w, b = load_affine(w_ptr, b_ptr, c + k, inside, ACC)
+        xhat, dz = load_xhat_dz(
+            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask,
+            mean[None, :], rest[None, :], rstd[None, :], w[None, :], b[None, :], ACT_GRAD,
+        )  # fmt: skip
+        if dx_ptr is None:
+            store_cast(dz_ptr, at, dz, mask)
+        dw, db = tl.sum(dz * xhat, axis=0), tl.sum(dz, axis=0)
+        if partial_ptr is not None:
+            at = part * N * C + first + k
+            tl.store(partial_ptr + at, dw, mask=inside)
+            tl.store(partial_ptr + P * N * C + at, db, mask=inside)
+        slope += w * dw
+        shift += w * db
+    if dx_ptr is not None:
+        slope, shift = tl.sum(slope, axis=0) / L, tl.sum(shift, axis=0) / L
+        for i in tl.range(0, tiles, num_stages=STAGES):
+            _, k, inside, at, mask = tile_of_run(
+                tiles - 1 - i, first, P, K, S, BLOCK_S, BLOCK_C, FULL
+            )
+            w, b = load_affine(w_ptr, b_ptr, c + k, inside, ACC)
+            xhat, dz = load_xhat_dz(
+                dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask,
+                mean[None, :], rest[None, :], rstd[None, :], w[None, :], b[None, :], ACT_GRAD,
+            )  # fmt: skip
+            store_cast(dx_ptr, at, (dz * w[None, :] - shift - xhat * slope) * rstd[None, :], mask)
+            store_cast(dz_ptr, at, dz, mask)
 
 
 # One program owns some consecutive tiles of BLOCK_C channels of a sample, and leaves their sums.

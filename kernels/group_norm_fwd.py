@@ -37,7 +37,7 @@ from fastnorm.kernels.device.rows import (
     row_moments,
     wide_rows,
 )
-from fastnorm.kernels.device.tiles import STAGES, load_as, store_cast
+from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import GROUP_SIZES
 
 
@@ -71,7 +71,7 @@ def group_norm_fwd_kernel(
     g, c, cmask = channels_of_groups(pid % blocks, C, K, BLOCK_N, BLOCK_C, BLOCK_K, PADDED)
     n = samples_of_lanes(pid // blocks, BLOCK_N, BLOCK_C)
     mask = cmask & (n < N)
-    at = positions_of_lanes(n, c, C, S, True)
+    at = positions_of_lanes(n, c, C, S)
     _, mean, rest, std = moments_of_tiles(
         x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, RUN, True
     )
@@ -130,13 +130,14 @@ def group_norm_fwd_run_kernel(
     N, C, S, G, K, tiles,
     ACT: tl.constexpr, FULL: tl.constexpr, BLOCK_N: tl.constexpr,
     ALIGN: tl.constexpr, WITHIN: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     R, L = wide_rows(N.to(tl.int64) * G, K * S, ALIGN)
     row = tl.program_id(0) + tl.arange(0, 1)
     start = tl.program_id(0).to(tl.int64) * L
     _, mean, rest, std = moments_of_long_row(
-        x_ptr + start, None, None, 0, tiles, L, ACC, True, FULL, BLOCK_N, FOLD, RUN, 1
+        x_ptr + start, None, None, 0, tiles, L, ACC, True, FULL, BLOCK_N, FOLD, RUN, STAGES
     )
     rest = finite_or_zero(rest)  # an infinite mean stays infinite, as a running mean shows
     rstd = save_statistics(mean, rest, std, eps, row, row < R, R, stats_ptr, std_ptr)

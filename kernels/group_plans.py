@@ -20,8 +20,9 @@ from fastnorm.kernels.launch import (
 class GroupPlan:
     """How programs share a dense (N, C, S) tensor that groups of K channels of a sample normalize.
 
-    `whole`: a program owns whole groups, and one kernel does everything. Else programs share the
-    tiles of a sample, whatever groups its channels are in.
+    `whole`: a program owns whole groups, and one kernel does everything, where channels are
+    innermost; for contiguous groups see run_plans.py. Else programs share the tiles of a sample,
+    whatever groups its channels are in.
     """
 
     whole: bool
@@ -59,7 +60,7 @@ def group_plan(
     block_k = power_of_two(K)
     # groups side by side that a program needs lest its loads waste sectors
     width = power_of_two(cdiv(min(sector, C), K)) if columns else 1
-    whole = width * K * S * itemsize <= WHOLE_BYTES and width * block_k <= GROUP_LANES
+    whole = columns and width * K * S * itemsize <= WHOLE_BYTES and width * block_k <= GROUP_LANES
     innermost = (K if whole and block_k != K else C) if columns else S
     align = divisor_class(innermost, itemsize)
     block_n = 1

@@ -1,13 +1,11 @@
-"""Plans for rows, and for the forward of contiguous groups, which are rows (see launch.py)."""
+"""Plans for rows (see launch.py)."""
 
 from dataclasses import dataclass
 
 from fastnorm.kernels.devices import Device
 from fastnorm.kernels.launch import (
     PROGRAMS_PER_MULTIPROCESSOR,
-    SECTOR,
     TILE_BYTES,
-    WHOLE_BYTES,
     cdiv,
     fold_of,
     power_of_two,
@@ -27,11 +25,6 @@ ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
 # keeps their parameters, too.
 ROW_FORWARD = ((128, 16, 22), (256, 32, 18), (512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_ROW = 4096
-# The same of groups, which differ in their parameters: each element of a tile keeps its own.
-GROUP_FORWARD = ((512, 16, 17), (1024, 32, 11), (4096, 32, 12), (WIDEST_ROW, 32, 16))
-KEPT_GROUP = 4096
-RUN_TILE, RUN_WARPS = 4096, 4  # of a longer group
-RUN_BYTES = 98304  # of one that a program reads twice: so many of all that are resident are cached
 AHEAD_BYTES = 65536  # of a multiprocessor: more under way is of no use
 
 
@@ -49,14 +42,14 @@ class RowPlan:
     tiles_per_program: int
     fold: int = 1  # rows of a tile, columns where it has one, that one thread sums in its registers
     run: int = 1  # in runs of so many neighbours
-    beside: int = 1  # rows of a tile that are of one sample, each a group
+    beside: int = 1  # rows of a tile that are groups of one sample (run_plans.py)
 
     def is_full(self, N: int) -> bool:
         """Whether no tile reaches beyond a row."""
         return N % self.block_n == 0
 
 
-def _shares(tiles: int, wanted: int) -> tuple[int, int, int]:
+def shares_of(tiles: int, wanted: int) -> tuple[int, int, int]:
     """(tiles, programs, tiles_per_program) of at most `wanted` programs."""
     tiles_per_program = cdiv(tiles, max(min(wanted, tiles), 1))
     return tiles, cdiv(tiles, tiles_per_program), tiles_per_program
@@ -67,12 +60,12 @@ def _warps(elements: int, each: int) -> int:
     return min(max(elements // (32 * each), 1), 16)
 
 
-def _wide(itemsize: int) -> int:
+def registers_of(itemsize: int) -> int:
     """Registers of an element: float64 takes twice as many."""
     return max(itemsize // 4, 1)
 
 
-def _row_warps(elements: int, many: bool) -> int:
+def row_warps(elements: int, many: bool) -> int:
     """Warps for a tile of so many 4-byte elements; `many`: each wants more registers."""
     return _warps(elements, THREAD_ELEMENTS // 2 if many else THREAD_ELEMENTS)
 
@@ -82,7 +75,7 @@ def scratch(columns: int) -> int:
     return 4 * columns + 1024
 
 
-def _stages(rows: int, columns: int, loaded: int, programs: int, device: Device) -> int:
+def stages_of(rows: int, columns: int, loaded: int, programs: int, device: Device) -> int:
     """With two tiles loaded ahead, or as many as are enough or shared memory has room for."""
     tile_bytes = rows * columns * loaded
     room = device.shared // programs - scratch(columns)
@@ -90,12 +83,12 @@ def _stages(rows: int, columns: int, loaded: int, programs: int, device: Device)
     return min(max(room // tile_bytes, 0), wanted) + 1
 
 
-def _row_tile(
+def row_tile(
     shapes: tuple[tuple[int, int, int], ...],
     N: int, itemsize: int, align: int, loaded: int, device: Device,
 ) -> tuple[int, int, int, dict[str, int], int]:  # fmt: skip
     """(rows, columns, stages, options, programs of a multiprocessor) of a forward of whole rows."""
-    wide = _wide(itemsize)
+    wide = registers_of(itemsize)
     block_n = power_of_two(N)
     _, each, resident_warps = next(f for f in shapes if block_n * wide <= f[0])
     if align < 4 or itemsize > 2:
@@ -103,7 +96,7 @@ def _row_tile(
     block_m = max(32 * each // (block_n * wide), 1)
     num_warps = _warps(block_m * block_n * wide, each)
     together = max(resident_warps // num_warps, 1)
-    stages = _stages(block_m, block_n, loaded, together, device)
+    stages = stages_of(block_m, block_n, loaded, together, device)
     options = resident(num_warps, together * num_warps, itemsize, device)
     return block_m, block_n, stages, options, together
 
@@ -113,26 +106,26 @@ def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Dev
 
     `loaded`: bytes that are loaded for each element, of the input and a residual.
     """
-    if N * _wide(itemsize) <= WIDEST_ROW:
-        block_m, block_n, stages, options, together = _row_tile(
+    if N * registers_of(itemsize) <= WIDEST_ROW:
+        block_m, block_n, stages, options, together = row_tile(
             ROW_FORWARD, N, itemsize, align, loaded, device
         )
         return RowPlan(
             True, block_m, block_n, stages, options,
-            *_shares(cdiv(M, block_m), together * device.multiprocessors),
+            *shares_of(cdiv(M, block_m), together * device.multiprocessors),
         )  # fmt: skip
-    wide = _wide(itemsize)
+    wide = registers_of(itemsize)
     elements = LOOP_TILE if align >= 4 else LOOP_TILE // 2
     block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
     if cdiv(device.multiprocessors, 2) <= M:
         wanted = 1  # a second launch, and x from memory again, cost more than some idle processors
-    num_warps = _row_warps(elements, align < 4)
+    num_warps = row_warps(elements, align < 4)
     return RowPlan(
         False, 1, block_n,
-        _stages(1, block_n, loaded, PROGRAMS_PER_MULTIPROCESSOR, device),
+        stages_of(1, block_n, loaded, PROGRAMS_PER_MULTIPROCESSOR, device),
         {"num_warps": num_warps},
-        *_shares(cdiv(N, block_n), wanted),
+        *shares_of(cdiv(N, block_n), wanted),
         *fold_of(block_n, 1, align, num_warps, columns=False),
     )  # fmt: skip
 
@@ -141,15 +134,15 @@ def row_sums_plan(
     M: int, N: int, itemsize: int, align: int, loaded: int, device: Device
 ) -> RowPlan | None:
     """Backward, rows too wide for registers: their sums first; None where they are not."""
-    wide = _wide(itemsize)
+    wide = registers_of(itemsize)
     if N * wide <= WIDEST_ROW_BACKWARD:
         return None
     elements = LOOP_TILE // 2
     block_n = elements // wide
     wanted = min(cdiv(PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors, M), ROW_PARTIALS)
-    options = {"num_warps": _row_warps(elements, align < 4)}
-    stages = _stages(1, block_n, loaded, PROGRAMS_PER_MULTIPROCESSOR, device)
-    return RowPlan(False, 1, block_n, stages, options, *_shares(cdiv(N, block_n), wanted))
+    options = {"num_warps": row_warps(elements, align < 4)}
+    stages = stages_of(1, block_n, loaded, PROGRAMS_PER_MULTIPROCESSOR, device)
+    return RowPlan(False, 1, block_n, stages, options, *shares_of(cdiv(N, block_n), wanted))
 
 
 def row_gradient_plan(
@@ -160,7 +153,7 @@ def row_gradient_plan(
     `loaded`: bytes that are loaded for each element; `gated`: act′ needs z, and so b, a further
     number of each column.
     """
-    wide = _wide(itemsize)
+    wide = registers_of(itemsize)
     whole = N * wide <= WIDEST_ROW_BACKWARD
     if whole:
         block_n = power_of_two(N)
@@ -168,48 +161,13 @@ def row_gradient_plan(
     else:
         block_m, block_n = COLUMN_TILE[0], COLUMN_TILE[1] // wide
     many = align < 4 or gated or itemsize > 2 or (not whole and loaded > 2 * itemsize)
-    num_warps = _row_warps(block_m * block_n * wide, many)
+    num_warps = row_warps(block_m * block_n * wide, many)
     together = max(ROW_WARPS // num_warps, 1)
     vectors = block_m * block_n // (32 * num_warps) // min(align, block_n)  # of a thread
     return RowPlan(
         whole, block_m, block_n,
-        _stages(block_m, block_n, loaded, together, device),
+        stages_of(block_m, block_n, loaded, together, device),
         resident(num_warps, ROW_WARPS, itemsize, device),
-        *_shares(cdiv(M, block_m), together * device.multiprocessors // cdiv(N, block_n)),
+        *shares_of(cdiv(M, block_m), together * device.multiprocessors // cdiv(N, block_n)),
         fold=max(min(vectors, block_m), 1),
-    )  # fmt: skip
-
-
-def run_plan(
-    N: int, G: int, L: int, itemsize: int, align: int, within: int, loaded: int, device: Device
-) -> RowPlan | None:
-    """Forward of N samples of G groups of L contiguous elements; None: programs share a group.
-
-    So many neighbours `within` a vector have the same parameters. Groups in registers are taken in
-    blocks of samples of `beside` groups; else a program has one group, and reads its tiles twice.
-    """
-    wide = _wide(itemsize)
-    few = 2 * device.multiprocessors > N * G
-    widest = WIDEST_ROW if few and within * itemsize == 16 else KEPT_GROUP
-    if power_of_two(L) * wide <= widest:
-        block_m, block_n, stages, options, together = _row_tile(
-            GROUP_FORWARD, L, itemsize, align, loaded, device
-        )
-        # no lanes beyond the groups; but where groups are few and short, sectors are to be whole
-        beside = G & -G if L * itemsize >= SECTOR else power_of_two(G)
-        beside = min(beside, block_m)
-        wanted = together * device.multiprocessors // cdiv(G, beside)
-        return RowPlan(
-            True, block_m, block_n, stages, options,
-            *_shares(cdiv(N, block_m // beside), wanted), beside=beside,
-        )  # fmt: skip
-    if L * itemsize > (WHOLE_BYTES if few else RUN_BYTES):
-        return None
-    block_n = (RUN_TILE if align >= 4 else RUN_TILE // 2) // wide
-    if L % block_n and L % (block_n // 2) == 0:
-        block_n //= 2
-    options = resident(RUN_WARPS, ROW_WARPS, itemsize, device)
-    return RowPlan(
-        False, 1, block_n, 3, options, *_shares(cdiv(L, block_n), 1),
-        *fold_of(block_n, 1, align, RUN_WARPS, columns=False),
     )  # fmt: skip

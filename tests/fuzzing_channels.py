@@ -40,14 +40,14 @@ def constants(way: str, *eager: tuple[object, Mapping[str, object]]) -> Iterator
                 devices,
                 group_norm,
                 group_plans,
-                row_plans,
+                run_plans,
             )
 
             for plans in (channel_plans, group_plans):
                 put(plans, {"TILE_BYTES": 512, "WHOLE_BYTES": 1024})
-            put(row_plans, {"WHOLE_BYTES": 1024, "RUN_BYTES": 2048, "RUN_TILE": 64})
+            put(run_plans, {"WHOLE_BYTES": 1024, "RUN_BYTES": 2048, "RUN_TILE": 64})
             put(group_plans, {"GROUP_LANES": 32})
-            put(row_plans, {"KEPT_GROUP": 32, "WIDEST_ROW": 128})
+            put(run_plans, {"KEPT_RUN": 32, "WIDEST_ROW": 128, "WIDEST_ROW_BACKWARD": 64})
             put(batch_norm, {"MERGE_PARTIALS": 4})
             put(group_norm, {"GROUP_MERGE_PARTIALS": 4, "MERGE_PARTIALS": 4})
             programs = 64 if way == "small, many programs" else 2

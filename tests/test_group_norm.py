@@ -145,8 +145,14 @@ def test_matches_float64(backend, shape, num_groups, dtype):
 
 SHORT = [((9, 12), 3), ((5, 12, 2), 6), ((3, 70, 3), 35), ((300, 24), 3), ((4, 33, 7), 3)]
 """Few groups, short ones, more than a tile has, a tile of several samples, odd, many tiles."""
-IN_TILES = {"KEPT_GROUP": 0, "WIDEST_ROW": 0, "RUN_TILE": 64}
-SHARED = {"KEPT_GROUP": 0, "WIDEST_ROW": 0, "RUN_BYTES": 0, "WHOLE_BYTES": 0}
+IN_TILES = {"KEPT_RUN": 0, "WIDEST_ROW": 0, "WIDEST_ROW_BACKWARD": 0, "RUN_TILE": 64}
+SHARED = {
+    "KEPT_RUN": 0,
+    "WIDEST_ROW": 0,
+    "WIDEST_ROW_BACKWARD": 0,
+    "RUN_BYTES": 0,
+    "WHOLE_BYTES": 0,
+}
 CONTIGUOUS = [("in registers", {}, *case) for case in SHORT]
 for case in (((2, 12, 2), 6), ((3, 33, 7), 3), ((2, 6, 8, 8), 2)):  # one vector, odd, full tiles
     CONTIGUOUS += [("in tiles", IN_TILES, *case), ("shared", SHARED, *case)]
@@ -159,8 +165,8 @@ for case in (((2, 12, 2), 6), ((3, 33, 7), 3), ((2, 6, 8, 8), 2)):  # one vector
 )
 def test_contiguous_groups(backend, monkeypatch, way, constants, shape, num_groups):
     for name, value in constants.items():
-        row_plans = pytest.importorskip("fastnorm.kernels.row_plans")
-        monkeypatch.setattr(row_plans, name, value)
+        run_plans = pytest.importorskip("fastnorm.kernels.run_plans")
+        monkeypatch.setattr(run_plans, name, value)
         if name == "WHOLE_BYTES":
             monkeypatch.setattr("fastnorm.kernels.group_plans.WHOLE_BYTES", value)
     for dtype in (torch.float32, torch.bfloat16):

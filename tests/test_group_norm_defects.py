@@ -14,7 +14,7 @@ from test_group_norm import problem
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm.kernels import devices, group_norm, group_plans
+from fastnorm.kernels import devices, group_norm, group_norm_whole, group_plans
 from fastnorm.kernels.launch import ChannelView
 
 checked = contextlib.nullcontext
@@ -121,10 +121,11 @@ def test_beyond_2_to_the_31_elements(monkeypatch, name):
     with devices.assume(devices.Device(multiprocessors)), checked(modules=()):
         plan = group_plans.group_plan(*view, K, 2, devices.device_of(x.device))
         assert plan.whole == (name == "one program")
-        for kernel in [n for n in vars(group_norm) if n.endswith("_kernel")]:
-            programs = 1 if "finalize" in kernel else plan.programs
-            limited = FirstPrograms(getattr(group_norm, kernel), programs)
-            monkeypatch.setattr(group_norm, kernel, limited)
+        for module in (group_norm, group_norm_whole):
+            for kernel in [n for n in vars(module) if n.endswith("_kernel")]:
+                programs = 1 if "finalize" in kernel else plan.programs
+                limited = FirstPrograms(getattr(module, kernel), programs)
+                monkeypatch.setattr(module, kernel, limited)
         G = view.C // K
         y, stats = group_norm.forward(x, None, None, None, None, None, 0.0, 1e-5, "relu", view, G)
         wanted = (True, None, False, None)

@@ -24,6 +24,7 @@ from fastnorm.kernels import (
     group_norm,
     layer_norm,
     row_plans,
+    run_plans,
 )
 from fastnorm.kernels.launch import ChannelView
 
@@ -117,24 +118,36 @@ def lazily(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 def test_contiguous_groups_beyond_2_to_the_31_elements(monkeypatch, kept):
     """The last groups of the last sample, as rows; all else takes no memory."""
     if not kept:
-        monkeypatch.setattr(row_plans, "KEPT_GROUP", 0)
-        monkeypatch.setattr(row_plans, "WIDEST_ROW", 0)
+        for name in ("KEPT_RUN", "WIDEST_ROW", "WIDEST_ROW_BACKWARD"):
+            monkeypatch.setattr(run_plans, name, 0)
     N, C, G = 2**21 + 8, 1024, 8
     K = C // G
     assert N * C > 2**31
     monkeypatch.setattr(interpreter, "programs_of", lambda sizes: [tuple(n - 1 for n in sizes)])
     x = reserved(N * C, torch.bfloat16).view(N, C)
+    dy = reserved(N * C, torch.bfloat16).view(N, C)
     x[-1] = draw(C, device=x.device, dtype=x.dtype, seed=0)
+    dy[-1] = draw(C, device=x.device, dtype=x.dtype, seed=1)
     view = ChannelView(N, C, 1, columns=True)
     with devices.assume(devices.Device(10**6)), checked(modules=()):
-        plan = row_plans.run_plan(N, G, K, 2, 8, 1, 2, devices.device_of(x.device))
-        assert plan.whole == kept
-        assert plan.programs == (N if kept else 1)  # one sample each
+        device = devices.device_of(x.device)
+        plan = run_plans.kept_run_plan(N, G, K, 2, 8, 1, 2, device)
+        assert (plan is not None) == kept
         y, stats = group_norm.forward(x, None, None, None, None, None, 0.0, 1e-5, "relu", view, G)
-    own = slice(C - plan.beside * K, C)
-    want = reference.group_norm(x[-1:, own].double(), plan.beside, None, None, 1e-5, None, "relu")
-    assert_close(y[-1:, own], want)
+        wanted = (True, None, False, None)
+        dx, *_ = group_norm.backward(dy, x, None, None, None, None, stats, "relu", view, G, wanted)
+    groups = 1
+    if kept:
+        gradient = run_plans.kept_run_gradient_plan(N, G, K, 2, 8, 1, 4, False, device)
+        assert plan.tiles_per_program == gradient.tiles_per_program == 1
+        groups = min(plan.beside, gradient.beside)
+    own = slice(C - groups * K, C)
+    leaf = x[-1:, own].double().requires_grad_()
+    want = reference.group_norm(leaf, groups, None, None, 1e-5, None, "relu")
+    (want_dx,) = torch.autograd.grad(want, leaf, dy[-1:, own].double())
+    assert_close(y[-1:, own], want.detach())
     assert_close(stats[0, -1], x[-1, -K:].double().mean())
+    assert_close(dx[-1:, own], want_dx)
 
 
 @lazy

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from fastnorm.kernels.launch import WHOLE_BYTES
-from fastnorm.kernels.row_plans import RUN_BYTES, WIDEST_ROW, WIDEST_ROW_BACKWARD
+from fastnorm.kernels.row_plans import WIDEST_ROW, WIDEST_ROW_BACKWARD
+from fastnorm.kernels.run_plans import RUN_BYTES
 
 FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -114,7 +115,8 @@ class Layer:
             sets = self.shape[0] * self.shape[1]
         size = math.prod(self.shape) // sets * dtype.itemsize
         run = self.layout == "contiguous" and "Batch" not in self.kind
-        return size <= (RUN_BYTES if run else WHOLE_BYTES), size <= WHOLE_BYTES
+        fits = (RUN_BYTES, RUN_BYTES // 2) if run else (WHOLE_BYTES, WHOLE_BYTES)
+        return size <= fits[0], size <= fits[1]
 
     def flops(self, kind: str) -> int:
         """Of the formulas: a product's 2MKN (6MKN in a step), else a few an element."""

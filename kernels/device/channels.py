@@ -208,16 +208,19 @@ def normalize_tiles(
 def load_xhat_dz(
     dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD: tl.constexpr
 ):
-    """x̂ and dz of a tile, 0 outside; ACT_GRAD is given y where that is enough, else z."""
+    """x̂ and dz of a tile, 0 outside; ACT_GRAD is given y where that is enough, else z.
+
+    mean … b are given as broadcast to the tile.
+    """
     ACC: tl.constexpr = mean.dtype
     dy = load_as(dy_ptr, at, mask, ACC)
     xhat = tl.zeros(dy.shape, ACC)
     if x_ptr is not None:
         x = load_as(x_ptr, at, mask, ACC)
-        xhat = tl.where(mask, ((x - mean[None, :]) - rest[None, :]) * rstd[None, :], 0.0)
+        xhat = tl.where(mask, ((x - mean) - rest) * rstd, 0.0)
     if y_ptr is not None:
         return xhat, tl.where(mask, ACT_GRAD(dy, load_as(y_ptr, at, mask, ACC)), 0.0)
-    z = xhat * w[None, :] + b[None, :]
+    z = xhat * w + b
     if residual_ptr is not None:
         z += load_as(residual_ptr, at, mask, ACC)
     return xhat, tl.where(mask, ACT_GRAD(dy, z), 0.0)
@@ -241,8 +244,9 @@ def gradient_sums_of_tiles(
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)
         xhat, dz = load_xhat_dz(
-            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD
-        )
+            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask,
+            mean[None, :], rest[None, :], rstd[None, :], w[None, :], b[None, :], ACT_GRAD,
+        )  # fmt: skip
         store_cast(dx_ptr, at, dz * (rstd * w)[None, :], mask)
         store_cast(dz_ptr, at, dz, mask)
         dw += fold(dz * xhat, FOLD, RUN)
@@ -267,8 +271,9 @@ def input_gradient_of_tiles(
         mask = inside[:, None] & cmask[None, :]
         at = tile_offsets(n, s, c, C, S, COLUMNS)
         xhat, dz = load_xhat_dz(
-            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD
-        )
+            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask,
+            mean[None, :], rest[None, :], rstd[None, :], w[None, :], b[None, :], ACT_GRAD,
+        )  # fmt: skip
         g = dz
         if inner is not None:
             g *= inner[None, :]

@@ -14,9 +14,9 @@ from fastnorm.kernels.device.moments import merge_partials, pivot_of, two_sum
 
 
 @triton.jit
-def wide_channels(K, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
-    """K, shown to be a multiple of ALIGN where channels are innermost (see wide_sizes)."""
-    return K // ALIGN * ALIGN if COLUMNS else K
+def wide_channels(K, ALIGN: tl.constexpr, PADDED: tl.constexpr):
+    """K, shown to be a multiple of ALIGN where lanes are padded (see wide_sizes)."""
+    return K // ALIGN * ALIGN if PADDED else K
 
 
 @triton.jit
@@ -43,11 +43,9 @@ def samples_of_lanes(block, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def positions_of_lanes(n, c, C, S, COLUMNS: tl.constexpr):
-    """Where a lane's first element lies: in elements (columns), or in runs of S (rows)."""
-    if COLUMNS:
-        return n * (S * C) + c
-    return n * C + c
+def positions_of_lanes(n, c, C, S):
+    """Where a lane's first element lies, where channels are innermost."""
+    return n * (S * C) + c
 
 
 @triton.jit
@@ -107,6 +105,24 @@ def moments_of_groups(mean, rest, std, K, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def tile_of_run(
+    tile, first, P, K, S, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, FULL: tl.constexpr
+):
+    """(part, k, inside, at, mask): tile number `tile` of a contiguous group.
+
+    It is part number `part` of the P parts of S of BLOCK_C channels; `first` is the group's first
+    channel, of all samples'. FULL: no tile reaches beyond the group, as the compiler can see.
+    """
+    part = tile % P
+    k = tile // P * BLOCK_C + tl.arange(0, BLOCK_C)
+    s = part * BLOCK_S + tl.arange(0, BLOCK_S)
+    at = s[:, None] + ((first + k) * S)[None, :]
+    inside = tl.full((BLOCK_C,), 1, tl.int1) if FULL else k < K
+    mask = inside[None, :] if FULL else (s < S)[:, None] & inside[None, :]
+    return part, k, inside, at, tl.broadcast_to(mask, (BLOCK_S, BLOCK_C))
+
+
+@triton.jit
 def affine_of_run(
     w_ptr, b_ptr, start, g, gmask, K, S, L, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, WITHIN: tl.constexpr,
@@ -130,3 +146,42 @@ def repeat(t, WITHIN: tl.constexpr):
     M: tl.constexpr = t.shape[0]
     N: tl.constexpr = t.shape[1]
     return tl.reshape(tl.broadcast_to(t[:, :, None], (M, N, WITHIN)), (M, N * WITHIN))
+
+
+@triton.jit
+def sum_within(t, WITHIN: tl.constexpr):
+    """The sums of so many neighbours: what `repeat` repeats."""
+    if WITHIN == 1:
+        return t
+    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // WITHIN, WITHIN)), axis=2)
+
+
+@triton.jit
+def sum_of_blocks(t, BLOCK_G: tl.constexpr):
+    """(BLOCK_G, columns): the sum over the blocks of BLOCK_G rows."""
+    if t.shape[0] == BLOCK_G:
+        return t
+    return tl.sum(tl.reshape(t, (t.shape[0] // BLOCK_G, BLOCK_G, t.shape[1])), axis=0)
+
+
+@triton.jit
+def sums_of_run(t, K, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, WITHIN: tl.constexpr):
+    """(groups, BLOCK_K): what is by element of contiguous groups, summed over each channel's S.
+
+    t is (groups, elements / WITHIN) already.
+    """
+    G: tl.constexpr = t.shape[0]
+    if BLOCK_S == 1:
+        return t
+    else:
+        positions = S // WITHIN
+        g = tl.arange(0, G)[:, None, None]
+        k, s = tl.arange(0, BLOCK_K)[None, :, None], tl.arange(0, BLOCK_S)[None, None, :]
+        inside = (k < K) & (s < positions)
+        # along one axis: a gather along one of two goes by shuffles, many
+        at = tl.reshape(
+            g * t.shape[1] + tl.where(inside, k * positions + s, 0), (G * BLOCK_K * BLOCK_S,)
+        )
+        found = tl.gather(tl.reshape(t, (G * t.shape[1],)), at, axis=0)
+        found = tl.reshape(found, (G, BLOCK_K, BLOCK_S))
+        return tl.sum(tl.where(inside, found, 0.0), axis=2)
