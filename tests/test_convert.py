@@ -19,7 +19,7 @@ from side_by_side import assert_same_tensors, assert_same_training, near, tensor
 from torch import nn
 
 import fastnorm
-from fastnorm.existing import recognise
+from fastnorm.existing import foreign, recognise
 from fastnorm.existing.foreign import ChannelLayerNorm, ForeignLayerNorm, ForeignRMSNorm
 from fastnorm.existing.proof import Proofs
 
@@ -92,6 +92,12 @@ class FinalNorm(nn.LayerNorm):
         raise TypeError("final")
 
 
+def replaced_inside():
+    module = nn.InstanceNorm2d(4)
+    module._apply_instance_norm = lambda input: input
+    return module
+
+
 def verdict(module, verify=True):
     return recognise.verdict(module, verify, Proofs())
 
@@ -132,7 +138,8 @@ def test_foreign_norms(module, shape, kind, attributes, backend):
     fastnorm.convert(ours)
     assert isinstance(ours[0], kind)
     assert isinstance(ours[0], type(theirs[0]))
-    assert type(ours[0]).__name__ == type(theirs[0]).__name__
+    for name in ("__name__", "__qualname__", "__module__", "__doc__"):
+        assert getattr(type(ours[0]), name) == getattr(type(theirs[0]), name)
     assert {name: getattr(ours[0], name) for name in attributes} == attributes
     assert_same_tensors(before, ours)
     x = torch.randn(shape, device=backend)
@@ -147,6 +154,39 @@ def test_foreign_norms(module, shape, kind, attributes, backend):
             assert ours(x.float()).dtype == theirs(x.float()).dtype
 
 
+@pytest.mark.parametrize(
+    ("offset", "input", "weight", "wider"),
+    [
+        (0.0, torch.bfloat16, torch.float32, torch.float32),
+        (1.0, torch.float32, torch.bfloat16, torch.float32),
+        (1.0, torch.float64, torch.float64, torch.float64),
+    ],
+    ids=["llama", "gemma", "gemma, float64"],
+)
+def test_foreign_norms_round_once(offset, input, weight, wider):
+    ours = fastnorm.convert(RootMeanSquare(16, 1e-3, offset).to(weight))
+    x = torch.randn(ROWS, generator=torch.Generator().manual_seed(0)).to(input)
+    y, double = ours(x), copy.deepcopy(ours).double()
+    assert y.dtype is wider
+    want = torch.rms_norm(x.double(), (16,), offset + double.weight, 1e-3)
+    torch.testing.assert_close(y.double(), want, rtol=8 * torch.finfo(wider).eps, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("rule", "input", "weight", "want"),
+    [
+        ("input", torch.bfloat16, torch.float32, torch.bfloat16),
+        ("promoted", torch.bfloat16, torch.float32, torch.float32),
+        ("weight", torch.float32, torch.bfloat16, torch.bfloat16),
+        ("weight", torch.float64, torch.float32, torch.float64),
+    ],
+)
+def test_dtypes_of_results(rule, input, weight, want):
+    x, w = (torch.empty(1, dtype=dtype) for dtype in (input, weight))
+    assert foreign.result_dtype(rule, x, w) is want
+    assert foreign.result_dtype(rule, x, None) is input
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize(
     ("module", "reason"),
@@ -158,11 +198,15 @@ def test_foreign_norms(module, shape, kind, attributes, backend):
         (ScaleNorm, "its parameters are gamma"),
         (lambda: OwnForward(4), "OwnForward overrides forward"),
         (lambda: OwnInside(4), "OwnInside overrides _apply_instance_norm"),
+        (replaced_inside, "overrides _apply_instance_norm"),
         (lambda: nn.LazyBatchNorm2d(), "lazy"),
         (lambda: nn.LocalResponseNorm(2), "fastnorm has no LocalResponseNorm"),
     ],
-    ids=["std", "unbiased", "mode", "gated", "gamma", "forward", "inside", "lazy", "unknown"],
-)
+    ids=[
+        "std", "unbiased", "mode", "gated", "gamma", "forward", "inside", "instance", "lazy",
+        "unknown",
+    ],
+)  # fmt: skip
 def test_what_is_not_equal_stays(module, reason, dtype):
     theirs = nn.Sequential(module()).to(dtype)
     kind = type(theirs[0])
@@ -407,6 +451,7 @@ def test_foreign_layer_norm_in_float32():
     model = InFloat(8)
     assert verdict(model).swap.ours is ForeignLayerNorm
     assert verdict(model).swap.attributes["result"] == "input"
+    assert type(fastnorm.convert(model)).__qualname__ == InFloat.__qualname__
 
 
 def test_compile_and_export_after_convert():

@@ -266,6 +266,28 @@ def test_cumulative_average(way, buffers):
     torch.testing.assert_close(var.double(), wants[1], **tolerance)
 
 
+def test_cumulative_share_has_no_16_bits():
+    count = torch.tensor(3, device="meta")
+    running = torch.empty(1, dtype=torch.bfloat16, device="meta")
+    assert eager._cumulative(count, running).dtype is torch.float32
+
+
+def test_buffers_of_float64_keep_their_digits():
+    """The batch's mean is exactly 0."""
+    x, old = torch.tensor([[1.0], [-1.0]]), 1 + 2**-40
+    mean, var = (torch.full((1,), old, dtype=torch.float64) for _ in range(2))
+    ours(x, mean, var, None, None, True, 0.25, 1e-5, None, "identity")
+    assert mean.item() == 0.75 * old
+    assert var.item() == 0.75 * old + 0.25 * 2
+
+
+def test_bias_alone_of_another_dtype(way):
+    x, w, b = draw(6, 3, dtype=torch.float32), torch.ones(3), draw(3)
+    got, want = (ours(x, None, None, w, one, True, 0.1, 1e-5, None, "relu")
+                 for one in (b, b.float()))  # fmt: skip
+    assert torch.equal(got, want)
+
+
 def test_momentum_tensor_is_the_number(way):
     x, states = draw(4, 3, 6), []
     for momentum in (0.3, torch.tensor(0.3, dtype=torch.float64)):

@@ -408,3 +408,8 @@ def test_compound_modules(backend, name):
     assert isinstance(error, kind), f"{error!r}; torch: {want!r}"
     assert isinstance(error, RuntimeError | ValueError)
     assert tensors_of(ours) == before
+
+
+def test_a_momentum_tensor_is_floating_point():
+    with pytest.raises(TypeError, match="momentum tensor must be 0-dimensional, floating-point"):
+        FF.batch_norm(torch.ones(4, 2), None, None, training=True, momentum=torch.tensor(1))

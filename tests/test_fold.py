@@ -1,6 +1,7 @@
 """fold: equal outputs in evaluation from fewer layers; a new model; refused in training."""
 
 import copy
+import types
 
 import pytest
 import torch
@@ -49,11 +50,14 @@ def test_pairs(name, affine):
     for source in (model, fastnorm.convert(copy.deepcopy(model))):
         folded = fastnorm.fold(source)
         near(folded(x), model(x))
-        assert not folded.training
+        assert not any(one.training for one in folded.modules())
         assert not [one for one in folded.modules() if isinstance(one, norm)]
         assert isinstance(source[1], norm)
     assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in state.items())
+    assert all(one.requires_grad for one in folded.parameters())
+    model.requires_grad_(False)
     half = fastnorm.fold(model.bfloat16())
+    assert not any(one.requires_grad for one in half.parameters())
     assert half[0].weight.dtype == half[0].bias.dtype == torch.bfloat16
     near(half(x.bfloat16()), model(x.bfloat16()), steps=8)
 
@@ -111,6 +115,38 @@ def test_what_serves_two_is_not_folded():
     near(fastnorm.fold(tied)(x), tied(x))
 
 
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class Residual(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), fastnorm.BatchNorm1d(4, activation="relu")
+
+    def forward(self, x):
+        return self.norm(self.linear(x), x)
+
+
+def replaced():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model.forward = types.MethodType(lambda self, x: self[1](self[0](x)) + self[0](x), model)
+    return model
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: nn.Sequential(Doubled(4, 4), nn.BatchNorm1d(4)), Residual, replaced],
+    ids=["own forward", "residual", "replaced"],
+)  # fmt: skip
+def test_what_does_more_is_not_folded(make):
+    torch.manual_seed(0)
+    model, x = trained(make(), (6, 4))
+    folded = fastnorm.fold(model)
+    near(folded(x), model(x))
+    assert any(isinstance(one, nn.BatchNorm1d) for one in folded.modules())
+
+
 def test_tied_weights_are_untied():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
@@ -128,6 +164,17 @@ def test_hooks_stay():
     assert isinstance(folded[1], nn.BatchNorm1d)
     near(folded(x), model(x))
     assert len(seen) == 2
+
+
+@pytest.mark.parametrize("part", ["", "linear", "norm", "untracked"])
+def test_our_layers_stay_where_they_are_heard_or_have_no_statistics(part):
+    model = fastnorm.LinearBatchNorm(4, 4, track_running_stats=part != "untracked").eval()
+    if part != "untracked":
+        model.get_submodule(part).register_forward_hook(lambda *_: None)
+    folded = fastnorm.fold(model)
+    assert type(folded) is fastnorm.LinearBatchNorm
+    x = torch.randn(6, 4)
+    near(folded(x), model(x))
 
 
 @pytest.mark.parametrize(
@@ -148,6 +195,7 @@ def test_our_layers(make, shape):
     wrapped = nn.Sequential(model).eval()
     folded = fastnorm.fold(wrapped)
     near(folded(x), model(x))
+    assert not any(one.training for one in folded.modules())
     assert not [one for one in folded.modules() if isinstance(one, nn.BatchNorm1d | nn.BatchNorm2d)]
 
 

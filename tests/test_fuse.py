@@ -1,6 +1,7 @@
 """fuse: the same results, buffers and state from fewer operations; where not sure, as written."""
 
 import copy
+import functools
 import gc
 import pickle
 import random
@@ -64,7 +65,9 @@ SEQUENCES = {
     "linear, no act": (lambda: [nn.Linear(3, 4, bias=False), nn.BatchNorm1d(4)], (6, 3)),
     "linear 3-D": (lambda: [nn.Linear(3, 5), nn.BatchNorm1d(4), nn.Tanh()], (2, 4, 3)),
     "linear 3-D square": (lambda: [nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh()], (2, 4, 3)),
-    "conv1d": (lambda: [nn.Conv1d(3, 4, 3), nn.BatchNorm1d(4), nn.SiLU()], (2, 3, 6)),
+    "conv1d": (
+        lambda: [nn.Conv1d(3, 4, 3, dilation=2), nn.BatchNorm1d(4), nn.SiLU()], (2, 3, 8),
+    ),
     "conv2d": (
         lambda: [nn.Conv2d(4, 4, 3, 2, 1, groups=2), nn.BatchNorm2d(4), nn.LeakyReLU()],
         (2, 4, 5, 5),
@@ -125,6 +128,25 @@ def test_linear_on_three_axes_is_no_linear_batch_norm(monkeypatch):
     assert not taken
     model(torch.randn(2, 3))
     assert taken
+
+
+@pytest.mark.parametrize(
+    ("layers", "shape"),
+    [
+        (lambda: [nn.Linear(3, 4), nn.BatchNorm2d(4)], (6, 3)),
+        (lambda: [nn.Conv2d(3, 4, 1), nn.BatchNorm1d(4)], (2, 3, 4, 4)),
+        (lambda: [nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)], (3, 4, 4)),
+        (lambda: [nn.BatchNorm2d(3), nn.ReLU()], (6, 3)),
+    ],
+    ids=["linear", "conv", "unbatched conv", "norm"],
+)
+def test_ranks_are_refused_as_by_the_norm(layers, shape, fused_calls):
+    theirs = nn.Sequential(*layers())
+    ours = fastnorm.fuse(copy.deepcopy(theirs))
+    for model in (theirs, ours):
+        with pytest.raises(ValueError, match=rf"expected .* \(got {len(shape)}D input\)"):
+            model(torch.randn(shape))
+    assert fused_calls
 
 
 class Residuals(nn.Module):
@@ -234,7 +256,17 @@ class PreNorm(nn.Module):
 
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("keep", [False, True])
-@pytest.mark.parametrize("make", [nn.LayerNorm, nn.RMSNorm, RootMeanSquare])
+@pytest.mark.parametrize(
+    "make",
+    [
+        nn.LayerNorm,
+        nn.RMSNorm,
+        RootMeanSquare,
+        functools.partial(RootMeanSquare, offset=1.0),
+        functools.partial(fastnorm.LayerNorm, activation="silu"),
+    ],
+    ids=["layer", "rms", "llama", "gemma", "ours"],
+)
 def test_sum_before_a_norm(make, keep, in_place, backend, fused_calls):
     torch.manual_seed(0)
     theirs = PreNorm(make(8), keep, in_place).to(backend)
@@ -245,11 +277,25 @@ def test_sum_before_a_norm(make, keep, in_place, backend, fused_calls):
     assert set(fused_calls) == {"add_norm"}
     near(ours(x, y[:1]), theirs(x, y[:1]))  # broadcast: not one operation
     near(ours(x, y=0.5), theirs(x, y=0.5))
+    if in_place:  # of another dtype, which the sum does not get
+        near(ours(x, y.double()), theirs(x, y.double()))
     with torch.autocast(backend.type, torch.bfloat16), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns of its own slow path
         got, want = ours(x, y), theirs(x, y)
     assert got.dtype == want.dtype
     near(got.bfloat16(), want.bfloat16(), steps=4)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_complex_sum_before_a_norm(in_place):
+    """torch's RMSNorm takes it, ours does not; nor has a number a shape."""
+    theirs = PreNorm(nn.RMSNorm(8, elementwise_affine=False), True, in_place)
+    theirs.lin = nn.Linear(8, 8, dtype=torch.complex64)
+    ours = fastnorm.fuse(copy.deepcopy(theirs))
+    assert runs(ours) == {"": ["+ → norm"]}
+    x = torch.randn(2, 8, dtype=torch.complex64)
+    for y in (x, 1j):
+        near(ours(x, y), theirs(x, y))
 
 
 def test_sum_in_place_of_an_input_stays():
@@ -363,6 +409,9 @@ def test_changed_model_is_as_written(fused_calls):
     ours[1] = nn.BatchNorm1d(4).eval()
     ours.append(nn.Sigmoid())
     near(ours(x), torch.sigmoid(torch.relu(ours[1](ours[0](x)))))
+    replaced = fastnorm.fuse(nn.Sequential(nn.BatchNorm1d(3), nn.ReLU()).eval())
+    replaced[1].forward = torch.neg
+    near(replaced(x), -replaced[0](x))
     assert not fused_calls
     slope = fastnorm.fuse(nn.Sequential(nn.BatchNorm1d(3), nn.LeakyReLU()).eval())
     slope[1].negative_slope = 0.5

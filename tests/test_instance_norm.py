@@ -240,3 +240,11 @@ def test_gradients_with_channels_last(backend, shape):
     """torch.nn's, of a channels_last_3d input, are wrong by as much as they are large (2.13)."""
     memory_format = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
     problem(shape, backend, torch.float32, memory_format=memory_format).check()
+
+
+def test_gradient_of_large_samples_is_laid_out_as_they_are():
+    x = torch.randn(2, 4, 96, 96).contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = FF.instance_norm(x)
+    for dy in (torch.randn_like(y), torch.randn(y.shape)):
+        (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
+        assert dx.stride() == y.stride() == x.stride()

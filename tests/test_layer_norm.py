@@ -463,3 +463,11 @@ def test_empty(backend, kind, shape):
         assert not gradient.any()
     for y in outputs:
         assert y.shape == torch.Size(shape)
+
+
+def test_default_eps_is_that_of_the_sums_dtype():
+    x, r = torch.full((2, 4), 1e-5), torch.zeros(2, 4, dtype=torch.float64)
+    y, total = FF.add_rms_norm(x, r, (4,))
+    want, _ = FF.add_rms_norm(x, r, (4,), eps=torch.finfo(torch.float64).eps)
+    assert total.dtype is torch.float64
+    assert torch.equal(y, want)

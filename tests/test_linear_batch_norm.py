@@ -700,3 +700,24 @@ def test_tf32_is_used_where_it_is_allowed():
     finally:
         matmul.fp32_precision = before
     assert errors["ieee"] < 1e-6 < 1e-5 < errors["tf32"] < 1e-2
+
+
+def test_what_rounding_a_mean_leaves_counts():
+    """The mean of X is 1e6 of its deviations, and rounded by a hundredth of one."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(size, 4, generator=generator) for size in (512, 3))
+    x += 1e6
+    y = FF.linear_batch_norm(x, w, training=True, activation="identity", algorithm="gram")
+    want, _, _ = reference.linear_batch_norm(
+        x.double(), w.double(), None, None, None, None, None, True, 0.1, 1e-5, "identity"
+    )
+    torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-4)
+
+
+def test_an_infinity_in_the_first_row_makes_the_mean_infinite():
+    x, w = torch.ones(8, 4), torch.ones(3, 4)
+    x[0, 1] = float("inf")
+    mean, var = torch.zeros(3), torch.ones(3)
+    FF.linear_batch_norm(x, w, None, mean, var, training=True, algorithm="gram")
+    assert mean.isinf().all()
+    assert var.isnan().all()

@@ -181,6 +181,5 @@ def folded_for_input(
 
 def _in_unit(values: Tensor) -> tuple[Tensor, float]:
     """Squares of inputs near the maximum make numbers that float32 has no place for."""
-    largest = values.abs().amax().item()
-    unit = 2.0 ** math.frexp(largest)[1] if math.isfinite(largest) else 1.0
+    unit = 2.0 ** math.frexp(values.abs().amax().item())[1]  # 1 where not finite
     return values / unit, unit

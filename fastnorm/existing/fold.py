@@ -141,7 +141,7 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
     assert isinstance(norm, layers.BATCH_NORMS)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    weight, mean = _weight(layer), norm.running_mean.double()
+    weight, mean = _weight(layer), norm.running_mean
     scale = (norm.running_var.double() + norm.eps).rsqrt()
     if norm.weight is not None:
         scale = scale * norm.weight.double()
