@@ -14,7 +14,6 @@ Everything else, and all of it under torch.compile, torch.func, forward-mode AD 
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import batch_norm_cpu, formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
@@ -79,7 +78,7 @@ def batch_norm(
 
     statistics = (running_mean, running_var, training, momentum, eps)
     if not dense:  # a copy costs less than torch's loops over strides
-        input = input.contiguous(memory_format=suggest_memory_format(input))
+        input = input.contiguous(memory_format=native.kept_format(input))
         own = is_slow(input, training, eps)
     inner = activation if activation in STEPS else "identity"
     if not own:

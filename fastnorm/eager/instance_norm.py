@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
@@ -117,7 +116,7 @@ def _as_channels(
         training, 1.0, eps, None if residual is None else residual.reshape(1, N * C, -1),
         activation, None,
     )  # fmt: skip
-    return y.view(input.shape).contiguous(memory_format=suggest_memory_format(input))
+    return y.view(input.shape).contiguous(memory_format=native.kept_format(input))
 
 
 def _by_samples(
