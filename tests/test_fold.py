@@ -111,6 +111,93 @@ def test_what_serves_two_is_not_folded():
     near(fastnorm.fold(tied)(x), tied(x))
 
 
+class Step(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x, residual=None, act=True):
+        x = self.norm(self.layer(x))
+        x = x if residual is None else x + residual
+        return x.relu() if act else x
+
+
+class Raw(Step):
+    def forward(self, x, raw=False):
+        x = self.layer(x)
+        return x if raw else self.norm(x)
+
+
+class Either(Step):
+    def forward(self, x, which="layer"):
+        return self.norm(self.layer(x) if which == "layer" else self.other(x))
+
+
+class Masked(Step):
+    def forward(self, x, mask=None):
+        x = self.layer(x)
+        return self.norm(x if mask is None else x * mask)
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.step = Step()
+
+
+class Reaching(Around):
+    def forward(self, x):
+        return self.step.layer(x) + self.step(x)
+
+
+class Reading(Around):
+    def forward(self, x):
+        return self.step(x) + self.step.layer.weight.sum()
+
+
+class Tapped(nn.Module):
+    def __init__(self, taps):
+        super().__init__()
+        self.steps = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.taps = taps
+
+    def forward(self, x):
+        seen = []
+        for i, step in enumerate(self.steps):
+            x = step(x)
+            if i in self.taps:
+                seen.append(x)
+        return torch.stack(seen)
+
+
+X = torch.linspace(-1, 2, 24).view(6, 4).cos()
+
+
+@pytest.mark.parametrize(
+    ("make", "calls", "left"),
+    [
+        (Step, [{}, {"residual": X}, {"residual": X, "act": False}], 0),
+        (Raw, [{}, {"raw": True}], 1),
+        (Either, [{}, {"which": "other"}], 1),
+        (Masked, [{}, {"mask": X}], 1),
+        (Reaching, [{}], 1),
+        (Reading, [{}], 1),
+        (lambda: Tapped((2,)), [{}], 0),
+        (lambda: Tapped((0, 2)), [{}], 1),
+        (lambda: Tapped([0, 2]), [{}], 1),  # a list may change, so the forward is not read
+    ],
+    ids=["step", "raw", "either", "masked", "reaching", "reading", "end", "tapped", "unread"],
+)
+def test_what_is_sometimes_apart_is_not_folded(make, calls, left):
+    torch.manual_seed(0)
+    model, x = trained(make(), (6, 4))
+    for source in (model, fastnorm.convert(copy.deepcopy(model))):
+        folded = fastnorm.fold(source)
+        for options in calls:
+            near(folded(x, **options), model(x, **options))
+        assert sum(isinstance(one, nn.BatchNorm1d) for one in folded.modules()) == left
+
+
 def test_tied_weights_are_untied():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
