@@ -238,6 +238,53 @@ def test_our_layers(make, shape):
     assert not [one for one in folded.modules() if isinstance(one, nn.BatchNorm1d | nn.BatchNorm2d)]
 
 
+class Inside(nn.Module):
+    """Calls a part of our layer by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = fastnorm.LinearBatchNorm(4, 4)
+
+    def forward(self, x):
+        return self.block(x) + self.block.linear(x)
+
+
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), fastnorm.BatchNorm1d(4, activation="relu")
+
+    def forward(self, x):
+        return self.norm(self.linear(x), residual=x)
+
+
+def twice():
+    layer = fastnorm.LinearBatchNorm(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def one_linear():
+    layers = [fastnorm.LinearBatchNorm(4, 4) for _ in range(2)]
+    layers[1].linear = layers[0].linear
+    return nn.Sequential(*layers)
+
+
+def parametrized():
+    layer = fastnorm.LinearBatchNorm(4, 4)
+    nn.utils.parametrizations.weight_norm(layer.linear)
+    return layer
+
+
+@pytest.mark.parametrize("make", [Inside, Summed, twice, one_linear, parametrized])
+def test_our_layers_that_are_not_folded(make):
+    torch.manual_seed(0)
+    model, x = trained(make(), (6, 4))
+    folded = fastnorm.fold(model)
+    near(folded(x), model(x))
+    norms = [[m for m in one.modules() if isinstance(m, nn.BatchNorm1d)] for one in (model, folded)]
+    assert len(norms[0]) == len(norms[1])
+
+
 @pytest.mark.parametrize("name", SMALL)
 def test_architectures(name):
     torch.manual_seed(0)

@@ -14,6 +14,7 @@ from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.existing import classes, patterns
 from fastnorm.existing.convert import open_modules, require_open
 from fastnorm.existing.fuse import plain_arguments
+from fastnorm.modules.linear_batch_norm import LinearBatchNorm
 from fastnorm.structure import layers
 from fastnorm.structure.forward import capture, glance
 from fastnorm.structure.watch import UntraceableError
@@ -81,27 +82,32 @@ def fold(model: nn.Module) -> nn.Module:
         alone = all(times[one] == 1 for one in pair)  # a layer of two places serves two norms
         if alone and all(pair in way.pairs for way in ways if not way.used.isdisjoint(pair)):
             layer, norm = pair
+            owner = folded.get_submodule(names[norm].rpartition(".")[0])
             _fold(layer, norm)
-            _replace(folded, names[norm], _Folded(norm, layer))
-    if isinstance(folded, layers.FUSED):
-        return _apart(folded)
-    for name, module in list(folded.named_modules()):
-        if isinstance(module, layers.FUSED):
-            _replace(folded, name, _apart(module))
+            # a LinearBatchNorm's statistics are over all leading axes
+            axes = None if isinstance(owner, LinearBatchNorm) else _axes(layer)
+            _replace(folded, names[norm], _Folded(norm, axes))
+    for one, name in names.items():
+        parts = layers.fused_parts(one)
+        if parts is not None and isinstance(getattr(one, parts[1]), _Folded):
+            both = nn.Sequential(OrderedDict((part, getattr(one, part)) for part in parts)).eval()
+            if one is folded:
+                return both
+            _replace(folded, name, both)
     return folded
 
 
 class _Folded(nn.Module):
     """In the place of a folded norm: its activation, and its rule of how many axes there are."""
 
-    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, axes: int | None) -> None:
         super().__init__()
         self.activation = getattr(norm, "activation", "identity")
-        self.axes = 2 if isinstance(layer, nn.Linear) else _weight(layer).ndim
+        self.axes = axes
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.ndim != self.axes:
+        if self.axes is not None and input.ndim != self.axes:
             raise ValueError(
                 f"a BatchNorm was folded for {self.axes} axes, but got {list(input.shape)}"
             )
@@ -114,10 +120,20 @@ class _Folded(nn.Module):
 def _ways(owner: nn.Module) -> list[_Way]:
     """What an owner's forward may do; [] where that cannot be read."""
     kind = classes.original_class(owner)
-    ours = not kind.__module__.startswith("torch.") or kind.forward is nn.Sequential.forward
-    if isinstance(owner, layers.FUSED) or not ours or "forward" in owner.__dict__:
+    if "forward" in owner.__dict__:
         return []
-    if not any(patterns.norm_kind(one) == "batch" for one in owner.modules()):
+    parts = layers.fused_parts(owner)
+    if parts is not None:
+        layer, norm = (getattr(owner, name) for name in parts)
+        foldable = (
+            kind.forward in (one.forward for one in layers.FUSED)
+            and type(layer) in FOLDABLE
+            and norm.running_mean is not None
+            and not any(map(classes.is_hooked, (owner, layer, norm)))
+        )
+        return [_Way({layer, norm}, [(layer, norm)] if foldable else [])]
+    ours = not kind.__module__.startswith("torch.") or kind.forward is nn.Sequential.forward
+    if not ours or not any(patterns.norm_kind(one) == "batch" for one in owner.modules()):
         return []
     tried = [_ways_of(owner, kind.forward, args) for args in plain_arguments(kind.forward)]
     with_pairs = (ways for ways in tried if any(way.pairs for way in ways))
@@ -184,6 +200,7 @@ def _way(owner: nn.Module, graph: fx.Graph) -> _Way:
         if node.op == "call_module"
         and patterns.norm_kind(modules.get(str(node.target))) == "batch"
         and len(node.args) == 1
+        and not node.kwargs  # a residual
         and folds(node, node.args[0])
     ]
     return _Way({modules[name] for name in called.keys() | asked}, pairs)
@@ -215,25 +232,9 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
     layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
 
 
-def _apart(module: nn.Module) -> nn.Module:
-    """One of our layers with BatchNorm as its layer, folded, and its activation."""
-    names = layers.fused_parts(module)
-    assert names is not None
-    layer, norm = (getattr(module, name) for name in names)
-    if norm.running_mean is None or any(map(classes.is_hooked, (module, layer, norm))):
-        return module
-    _fold(layer, norm)
-    folded = _Folded(norm, layer)
-    if isinstance(layer, nn.Linear):  # whose statistics are over all leading axes
-        folded = _Anywhere(norm, layer)
-    return nn.Sequential(OrderedDict(zip(names, (layer, folded), strict=True))).eval()
-
-
-class _Anywhere(_Folded):
-    """The same after a LinearBatchNorm, for which the last axis is the channels'."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](input)
+def _axes(layer: nn.Module) -> int:
+    """Of an input that BatchNorm after `layer` normalizes in the axis that the layer computes."""
+    return 2 if isinstance(layer, nn.Linear) else _weight(layer).ndim
 
 
 def _weight(layer: nn.Module) -> Tensor:
