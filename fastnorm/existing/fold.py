@@ -14,6 +14,7 @@ from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.existing import classes, patterns
 from fastnorm.existing.convert import open_modules, require_open
 from fastnorm.existing.fuse import plain_arguments
+from fastnorm.modules.attributes import is_hooked
 from fastnorm.modules.linear_batch_norm import LinearBatchNorm
 from fastnorm.structure import layers
 from fastnorm.structure.forward import capture, glance
@@ -129,7 +130,7 @@ def _ways(owner: nn.Module) -> list[_Way]:
             kind.forward in (one.forward for one in layers.FUSED)
             and type(layer) in FOLDABLE
             and norm.running_mean is not None
-            and not any(map(classes.is_hooked, (owner, layer, norm)))
+            and not any(map(is_hooked, (owner, layer, norm)))
         )
         return [_Way({layer, norm}, [(layer, norm)] if foldable else [])]
     ours = not kind.__module__.startswith("torch.") or kind.forward is nn.Sequential.forward
@@ -191,7 +192,7 @@ def _way(owner: nn.Module, graph: fx.Graph) -> _Way:
             type(one) in FOLDABLE
             and getattr(norm, "running_mean", None) is not None
             and all(called[name] == 1 and name not in asked for name in names)
-            and not any(classes.is_hooked(module) for module in (one, norm))
+            and not any(is_hooked(module) for module in (one, norm))
         )
 
     pairs = [

@@ -80,7 +80,7 @@ def linear_batch_norm(
         rows, weight, bias, running_mean, running_var, norm_weight, norm_bias,
         training, momentum, eps, activation, algorithm, num_batches_tracked, group,
     )  # fmt: skip
-    return y if input.ndim == 2 else y.view(*input.shape[:-1], -1)
+    return y if input.ndim == 2 else y.view(*input.shape[:-1], weight.shape[0])
 
 
 def _implementation(input: Tensor, group: Any) -> ModuleType:
