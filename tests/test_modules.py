@@ -838,6 +838,18 @@ def test_parts_that_somebody_watches_or_replaces(backend, kind):
     close(module(x), other(x))
 
 
+def test_a_norm_with_a_forward_of_its_own(backend):
+    class Twice(fastnorm.BatchNorm1d):
+        def forward(self, input, residual=None):
+            return 2 * super().forward(input, residual)
+
+    module = fastnorm.LinearBatchNorm(4, 3, device=backend).eval()
+    x = torch.randn(6, 4, device=backend)
+    want = 2 * module(x)
+    module.norm = Twice(3, activation="relu", device=backend).eval()
+    assert_close(module(x), want)
+
+
 def test_shared_norm_called_twice_before_its_backward(backend):
     """As in a siamese network: both calls move the buffers, both backwards work."""
     results = []

@@ -14,16 +14,25 @@ from fastnorm.modules.attributes import (
     operands,
     parameter,
 )
-from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from fastnorm.modules.scripted import is_scripting
+from fastnorm.modules.sync_batch_norm import SyncBatchNorm
+
+FORWARDS = (BatchNorm1d.forward, SyncBatchNorm.forward)
+"""Of the norms whose part in the whole is known."""
 
 
 def are_apart(layer: torch.nn.Module, norm: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
-    """Whether a layer and its norm are to be called: one has hooks, or the layer was replaced.
+    """Whether a layer and its norm are to be called: one has hooks, or a forward of its own.
 
     By hooks torch.nn.utils.prune computes a weight anew, and an adapter is a layer of its own.
     """
-    return type(layer).forward is not kind.forward or is_hooked(layer) or is_hooked(norm)
+    return (
+        type(layer).forward is not kind.forward
+        or (isinstance(norm, _BatchNorm) and type(norm).forward not in FORWARDS)
+        or is_hooked(layer)
+        or is_hooked(norm)
+    )
 
 
 class LinearBatchNorm(torch.nn.Module):
@@ -33,7 +42,7 @@ class LinearBatchNorm(torch.nn.Module):
 
     Input (*, in_features), output (*, out_features), statistics over all leading axes. Submodules
     `linear` and `norm` hold the parameters; `norm` also knows the activation. Where one of them has
-    hooks, or `linear` was replaced by another module, both are called, one after the other. Without
+    hooks, or a forward that is not its class's here, both are called, one after the other. Without
     a bias by default: batch norm removes it. Errors: `fastnorm.functional.linear_batch_norm`.
 
     >>> import torch, fastnorm
