@@ -592,6 +592,12 @@ def test_dtypes_of_which_nothing_is_drawn_are_kept(dtype):
     assert torch.equal(model[1].weight.to(torch.complex64), torch.ones(4, 4) + 0j)
 
 
+def test_lsuv_scales_the_layers_within_ours():
+    model = nn.Sequential(fastnorm.LinearBatchNorm(6, 8), fastnorm.LinearBatchNorm(8, 8))
+    report = init.lsuv(model, torch.randn(64, 6))
+    assert [report[f"{i}.linear"].scheme for i in range(2)] == ["lsuv", "lsuv"]
+
+
 def test_double_norms():
     model = nn.Sequential(
         nn.BatchNorm1d(4), nn.Identity(), nn.LayerNorm(4), nn.ReLU(), nn.LayerNorm(4)
