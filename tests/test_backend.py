@@ -317,6 +317,30 @@ def test_traces_of_torchscript_are_served_by_eager(kind):
             torch.testing.assert_close(traced(again), module(again))
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace(_method)?` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        fastnorm.GroupNorm(2, 4),
+        fastnorm.InstanceNorm2d(4),
+        fastnorm.InstanceNorm2d(4, track_running_stats=True),
+    ],
+    ids=str,
+)
+def test_traces_of_images(module, last):
+    """A trace, which records sizes, does not tell them, but has the layout of its example."""
+    module = module.to(DEVICE)
+    x = torch.randn(2, 4, 3, 3, device=DEVICE)
+    x = x.to(memory_format=torch.channels_last) if last else x
+    traced = torch.jit.trace(module, x, check_trace=False)
+    for again in (2 * x, x[:1]):
+        y = traced(again)
+        torch.testing.assert_close(y, module(again))
+        assert y.stride() == x.stride()
+
+
 # ---- the backward follows the forward ------------------------------------------------------------
 def launches_of(call: Callable[[], Any]) -> list[str]:
     """The kernels that a call launches in the interpreter."""

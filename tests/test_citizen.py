@@ -351,6 +351,21 @@ def test_deferred_initialization(name):
         assert torch.equal(got, buffer)
 
 
+CONSTRUCTED = dict.fromkeys(
+    ["BatchNorm1d", "InstanceNorm2d", "LayerNorm", "RMSNorm", "AddLayerNorm", "AddRMSNorm"], (4,)
+) | {"GroupNorm": (2, 4), "LinearBatchNorm": (3, 4), "Conv2dBatchNorm": (3, 4, 1)}
+
+
+@pytest.mark.unchecked
+@pytest.mark.parametrize("kind", CONSTRUCTED)
+def test_skip_init(kind):
+    """torch.nn.utils reads in a constructor's signature that there is a device."""
+    constructor, arguments = getattr(fastnorm, kind), CONSTRUCTED[kind]
+    module = torch.nn.utils.skip_init(constructor, *arguments, dtype=torch.float64)
+    module.load_state_dict(constructor(*arguments).state_dict())
+    assert {t.dtype for t in module.parameters()} <= {torch.float64}
+
+
 @each_mode
 @each_twin
 def test_inference_mode(backend, name, training):

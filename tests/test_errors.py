@@ -79,6 +79,10 @@ BATCH_NORM = {
     "eps negative in training": Bad({"eps": -0.25}, ValueError, ("eps", "-0.25")),
     "eps negative in evaluation": Bad({"eps": -0.25, **EVAL}, ValueError, ("eps", "-0.25")),
     "eps a string": Bad({"eps": "1e-5"}, TypeError, ("str",)),
+    "eps of one element": Bad({"eps": torch.ones(1)}, TypeError, ("eps", "Tensor")),
+    "eps that requires a gradient": Bad(
+        {"eps": torch.tensor(1.0, requires_grad=True)}, TypeError, ("eps",)
+    ),
     "momentum None": Bad({"momentum": None}, TypeError, ("momentum",)),
     "momentum None in evaluation": Bad({"momentum": None, **EVAL}, TypeError, ("momentum",)),
     "momentum of several elements": Bad(
@@ -288,6 +292,9 @@ LINEAR = {
     "no buffers in evaluation": Bad(
         {"running_mean": None, "running_var": None, **EVAL}, RuntimeError, ("running_mean",)
     ),
+    "eps that requires a gradient": Bad(
+        {"eps": torch.tensor(1.0, requires_grad=True)}, TypeError, ("eps",)
+    ),
     "eps 0 in training": Bad({"eps": 0.0}, ValueError, ("0.0",)),
     "eps negative in evaluation": Bad({"eps": -0.5, **EVAL}, ValueError, ("-0.5",)),
     "momentum None": Bad({"momentum": None}, TypeError, ("momentum",)),
@@ -316,6 +323,9 @@ CONV = {
     "one value per channel": Bad({"input": torch.ones(1, 4, 1, 1)}, ValueError, ("[1, 3, 1, 1]",)),
     "norm_weight's size": Bad({"norm_weight": torch.ones(4)}, RuntimeError, ("weight", "4", "3")),
     "running_mean alone": Bad({"running_var": None}, ValueError, ("running_var",)),
+    "eps that requires a gradient": Bad(
+        {"eps": torch.tensor(1.0, requires_grad=True)}, TypeError, ("eps",)
+    ),
     "eps 0 in training": Bad({"eps": 0.0}, ValueError, ("0.0",)),
     "momentum None": Bad({"momentum": None}, TypeError, ("momentum",)),
     "integers all": Bad(

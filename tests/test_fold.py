@@ -147,6 +147,93 @@ def test_what_does_more_is_not_folded(make):
     assert any(isinstance(one, nn.BatchNorm1d) for one in folded.modules())
 
 
+class Step(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.other, self.norm = nn.Linear(4, 4), nn.Linear(4, 4), nn.BatchNorm1d(4)
+
+    def forward(self, x, residual=None, act=True):
+        x = self.norm(self.layer(x))
+        x = x if residual is None else x + residual
+        return x.relu() if act else x
+
+
+class Raw(Step):
+    def forward(self, x, raw=False):
+        x = self.layer(x)
+        return x if raw else self.norm(x)
+
+
+class Either(Step):
+    def forward(self, x, which="layer"):
+        return self.norm(self.layer(x) if which == "layer" else self.other(x))
+
+
+class Masked(Step):
+    def forward(self, x, mask=None):
+        x = self.layer(x)
+        return self.norm(x if mask is None else x * mask)
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.step = Step()
+
+
+class Reaching(Around):
+    def forward(self, x):
+        return self.step.layer(x) + self.step(x)
+
+
+class Reading(Around):
+    def forward(self, x):
+        return self.step(x) + self.step.layer.weight.sum()
+
+
+class Tapped(nn.Module):
+    def __init__(self, taps):
+        super().__init__()
+        self.steps = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+        self.taps = taps
+
+    def forward(self, x):
+        seen = []
+        for i, step in enumerate(self.steps):
+            x = step(x)
+            if i in self.taps:
+                seen.append(x)
+        return torch.stack(seen)
+
+
+X = torch.linspace(-1, 2, 24).view(6, 4).cos()
+
+
+@pytest.mark.parametrize(
+    ("make", "calls", "left"),
+    [
+        (Step, [{}, {"residual": X}, {"residual": X, "act": False}], 0),
+        (Raw, [{}, {"raw": True}], 1),
+        (Either, [{}, {"which": "other"}], 1),
+        (Masked, [{}, {"mask": X}], 1),
+        (Reaching, [{}], 1),
+        (Reading, [{}], 1),
+        (lambda: Tapped((2,)), [{}], 0),
+        (lambda: Tapped((0, 2)), [{}], 1),
+        (lambda: Tapped([0, 2]), [{}], 1),  # a list may change, so the forward is not read
+    ],
+    ids=["step", "raw", "either", "masked", "reaching", "reading", "end", "tapped", "unread"],
+)
+def test_what_is_sometimes_apart_is_not_folded(make, calls, left):
+    torch.manual_seed(0)
+    model, x = trained(make(), (6, 4))
+    for source in (model, fastnorm.convert(copy.deepcopy(model))):
+        folded = fastnorm.fold(source)
+        for options in calls:
+            near(folded(x, **options), model(x, **options))
+        assert sum(isinstance(one, nn.BatchNorm1d) for one in folded.modules()) == left
+
+
 def test_tied_weights_are_untied():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
     model[2].weight = model[0].weight
@@ -197,6 +284,53 @@ def test_our_layers(make, shape):
     near(folded(x), model(x))
     assert not any(one.training for one in folded.modules())
     assert not [one for one in folded.modules() if isinstance(one, nn.BatchNorm1d | nn.BatchNorm2d)]
+
+
+class Inside(nn.Module):
+    """Calls a part of our layer by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = fastnorm.LinearBatchNorm(4, 4)
+
+    def forward(self, x):
+        return self.block(x) + self.block.linear(x)
+
+
+class Summed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear, self.norm = nn.Linear(4, 4), fastnorm.BatchNorm1d(4, activation="relu")
+
+    def forward(self, x):
+        return self.norm(self.linear(x), residual=x)
+
+
+def twice():
+    layer = fastnorm.LinearBatchNorm(4, 4)
+    return nn.Sequential(layer, nn.Tanh(), layer)
+
+
+def one_linear():
+    layers = [fastnorm.LinearBatchNorm(4, 4) for _ in range(2)]
+    layers[1].linear = layers[0].linear
+    return nn.Sequential(*layers)
+
+
+def parametrized():
+    layer = fastnorm.LinearBatchNorm(4, 4)
+    nn.utils.parametrizations.weight_norm(layer.linear)
+    return layer
+
+
+@pytest.mark.parametrize("make", [Inside, Summed, twice, one_linear, parametrized])
+def test_our_layers_that_are_not_folded(make):
+    torch.manual_seed(0)
+    model, x = trained(make(), (6, 4))
+    folded = fastnorm.fold(model)
+    near(folded(x), model(x))
+    norms = [[m for m in one.modules() if isinstance(m, nn.BatchNorm1d)] for one in (model, folded)]
+    assert len(norms[0]) == len(norms[1])
 
 
 @pytest.mark.parametrize("name", SMALL)

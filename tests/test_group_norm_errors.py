@@ -22,6 +22,13 @@ def group_norm_arguments() -> dict[str, Any]:
 
 
 PLAIN = {"weight": None, "bias": None}
+BAD_EPS = {
+    "eps a string": Bad({"eps": "1e-5"}, TypeError, ("eps", "str")),
+    "eps of one element": Bad({"eps": torch.ones(1)}, TypeError, ("eps", "Tensor")),
+    "eps that requires a gradient": Bad(
+        {"eps": torch.tensor(1.0, requires_grad=True)}, TypeError, ("eps",)
+    ),
+}
 GROUP_NORM = {
     "not divisible": Bad({"num_groups": 4}, RuntimeError, ("[4, 6, 5]", "num_groups=4")),
     "more groups than channels": Bad({"num_groups": 12}, RuntimeError, ("num_groups=12",)),
@@ -39,7 +46,7 @@ GROUP_NORM = {
     "weight's size": Bad({"weight": torch.ones(5)}, RuntimeError, ("weight", "[5]", "[4, 6, 5]")),
     "weight's axes": Bad({"weight": torch.ones(6, 1)}, RuntimeError, ("weight", "[6, 1]")),
     "bias's size": Bad({"bias": torch.ones(3)}, RuntimeError, ("bias", "[3]")),
-    "eps a string": Bad({"eps": "1e-5x"}, ValueError, (), {"eps": "1e-5x"}),
+    **BAD_EPS,
     "integers": Bad({"input": torch.ones(4, 6, 5).long()}, RuntimeError, ("Long",)),
     "complex numbers": Bad({"input": torch.ones(4, 6, 5) * 1j}, RuntimeError, ("ComplexFloat",)),
     "integer weight": Bad({"weight": torch.ones(6).long()}, RuntimeError, ("weight",)),
@@ -83,6 +90,7 @@ def instance_norm_arguments() -> dict[str, Any]:
 
 EVAL = {"use_input_stats": False}
 INSTANCE_NORM = {
+    **BAD_EPS,
     "one position": Bad({"input": torch.ones(4, 3, 1)}, ValueError, ("spatial", "[4, 3, 1]")),
     "no positions": Bad({"input": torch.ones(4, 3)}, ValueError, ("spatial", "[4, 3]")),
     "one axis": Bad({"input": torch.ones(3), **BARE}, ValueError, ("[3]",)),

@@ -574,6 +574,30 @@ def test_sums_that_are_no_residual():
     assert read(Sums()).branches == []
 
 
+@pytest.mark.parametrize("residual", ["zero", "depth"])
+def test_a_model_without_branches_has_none_to_scale(residual):
+    reports = [
+        init.initialize(mlp(), residual=rule, generator=seeded()) for rule in ("none", residual)
+    ]
+    assert str(reports[0]) == str(reports[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64, torch.int8])
+def test_dtypes_of_which_nothing_is_drawn_are_kept(dtype):
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    weight = torch.ones(4, 4).to(dtype)
+    model[1].weight = nn.Parameter(weight, requires_grad=dtype is not torch.int8)
+    report = init.initialize(model)
+    assert report["0"].scheme != report["1"].scheme == "kept"
+    assert torch.equal(model[1].weight.to(torch.complex64), torch.ones(4, 4) + 0j)
+
+
+def test_lsuv_scales_the_layers_within_ours():
+    model = nn.Sequential(fastnorm.LinearBatchNorm(6, 8), fastnorm.LinearBatchNorm(8, 8))
+    report = init.lsuv(model, torch.randn(64, 6))
+    assert [report[f"{i}.linear"].scheme for i in range(2)] == ["lsuv", "lsuv"]
+
+
 def test_double_norms():
     model = nn.Sequential(
         nn.BatchNorm1d(4), nn.Identity(), nn.LayerNorm(4), nn.ReLU(), nn.LayerNorm(4)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from cases import assert_close
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
+from torch.nn.utils import parametrizations, parametrize, prune
 from twins import (
     MODIFIED,
     Pair,
@@ -486,7 +486,9 @@ def test_a_block_with_a_residual_trains_as_torchs(backend):
 
 
 # ---- leading axes, dtypes, memory formats --------------------------------------------------------
-@pytest.mark.parametrize("shape", [(6, 4), (2, 3, 4), (2, 1, 3, 4), (1, 1, 1, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(6, 4), (2, 3, 4), (2, 1, 3, 4), (1, 1, 1, 2, 4), (0, 3, 4)], ids=str
+)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 def test_linear_over_leading_axes(backend, shape, training):
     """Statistics over every row, as on the input flattened to two axes."""
@@ -794,6 +796,58 @@ def test_forward_hooks(backend):
     norm.register_forward_hook(lambda _, inputs, output: seen.append(output.shape))
     norm(torch.ones(2, 3, device=backend), torch.ones(2, 3, device=backend))
     assert seen == [2, (2, 3)]
+
+
+COMPOUND = {"LinearBatchNorm": "linear", "Conv2dBatchNorm, 1": "conv"}
+
+
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm` is deprecated")
+@pytest.mark.parametrize("rule", ["weight_norm", "spectral_norm", "prune"])
+@pytest.mark.parametrize("kind", COMPOUND)
+def test_weights_that_hooks_compute(backend, kind, rule):
+    """torch.nn.utils has them computed before each call of the layer within."""
+    part, x = COMPOUND[kind], PAIRS[kind].batch(backend, torch.float64)
+    results = []
+    for module in PAIRS[kind].both(backend, torch.float64):
+        torch.manual_seed(0)
+        layer = module.get_submodule(part)
+        if rule == "prune":
+            prune.l1_unstructured(layer, "weight", 0.5)
+        else:
+            getattr(nn.utils, rule)(layer)
+        optimizer = torch.optim.SGD(module.parameters(), lr=0.5)
+        for _ in range(2):
+            (module(x) * x.mean()).square().sum().backward()
+            optimizer.step()
+        results.append([module(x), *module.parameters()])
+    for got, want in zip(*results, strict=True):
+        close(got, want)
+
+
+@pytest.mark.parametrize("kind", COMPOUND)
+def test_parts_that_somebody_watches_or_replaces(backend, kind):
+    part, x = COMPOUND[kind], PAIRS[kind].batch(backend, torch.float64)
+    module, other = PAIRS[kind].both(backend, torch.float64)
+    seen = []
+    for name in (part, "norm"):
+        module.get_submodule(name).register_forward_hook(lambda one, *_: seen.append(type(one)))
+    close(module(x), other(x))
+    assert seen == [type(module.get_submodule(part)), type(module.norm)]
+    for one in (module, other):
+        one.set_submodule(part, nn.Sequential(one.get_submodule(part), nn.Tanh()))
+    close(module(x), other(x))
+
+
+def test_a_norm_with_a_forward_of_its_own(backend):
+    class Twice(fastnorm.BatchNorm1d):
+        def forward(self, input, residual=None):
+            return 2 * super().forward(input, residual)
+
+    module = fastnorm.LinearBatchNorm(4, 3, device=backend).eval()
+    x = torch.randn(6, 4, device=backend)
+    want = 2 * module(x)
+    module.norm = Twice(3, activation="relu", device=backend).eval()
+    assert_close(module(x), want)
 
 
 def test_shared_norm_called_twice_before_its_backward(backend):

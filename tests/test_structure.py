@@ -229,6 +229,14 @@ def test_the_remedy_knows_whether_the_norm_has_a_bias(affine, words):
     assert f"bias=False: {words}" in seen.findings()[0].remedy
 
 
+def test_a_lazy_bias_is_not_asked_for_its_length():
+    model = nn.Sequential(nn.LazyLinear(8), nn.BatchNorm1d(8))
+    assert redundant_biases(model) == []
+    assert "BatchNorm1d" in fastnorm.summary(model)
+    model(torch.randn(4, 3))
+    assert redundant_biases(model) == [("0", "1")]
+
+
 # Models as people have them.
 
 

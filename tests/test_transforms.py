@@ -390,12 +390,16 @@ def outcomes(kind: Callable[[], nn.Module], x: Tensor, training: bool) -> list[A
     def loss(parameters: Any, buffers: Any, x: Tensor) -> Tensor:
         return call(parameters, buffers, x).sin().sum()
 
+    def captured(parameters: Any, x: Tensor) -> Tensor:
+        return loss(parameters, {}, x)
+
     transformed: list[tuple[Callable[..., Any], Any]] = [
         (torch.func.vmap(call), (*stacked, x)),
         (torch.func.vmap(call, (0, 0, None)), (*stacked, x[0])),
         (torch.func.vmap(torch.func.grad(loss)), (*stacked, x)),
         (torch.func.vmap(call, (None, None, 0)), (*single, x)),
         (torch.func.grad(loss), (*single, x[0])),
+        (torch.func.grad(captured), (single[0], x[0])),
         (torch.func.vmap(modules[1]), (x,)),
     ]
     found: list[Any] = []
@@ -405,7 +409,7 @@ def outcomes(kind: Callable[[], nn.Module], x: Tensor, training: bool) -> list[A
         except Exception as error:
             found.append(type(error))
         found += [dict(state) for state in (stacked[1], single[1])]
-    return [*found, dict(modules[1].named_buffers())]
+    return [*found, *(dict(module.named_buffers()) for module in modules[:2])]
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -424,6 +428,32 @@ def test_modules_under_transforms(backend, name, training):
             torch.testing.assert_close(
                 got, want, rtol=1e-10, atol=1e-11, msg=lambda text, i=i: f"{i}: {text}"
             )
+
+
+@pytest.mark.parametrize("function", [FF.batch_norm, FF.instance_norm])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buffers_that_are_no_arguments_move(backend, function, dtype):
+    x = torch.randn(4, 3, 5, device=backend).bfloat16()
+    for momentum in (0.25, torch.tensor(0.25, device=backend)):
+        moved, captured = torch.ones(2, 2, 3, dtype=dtype, device=backend)
+
+        def call(t: Tensor, buffers: Tensor, momentum: Any = momentum) -> Tensor:
+            y: Tensor = function(t, *buffers, None, None, True, momentum)
+            return y.sum()
+
+        call(x, moved)
+        torch.func.grad(lambda t, buffers=captured, call=call: call(t, buffers))(x)
+        torch.testing.assert_close(captured, moved)
+
+
+def test_evaluation_of_16_bits_under_vmap(backend):
+    """torch's rule for vmap takes one dtype alone."""
+    x = torch.randn(2, 4, 3, 5, device=backend).bfloat16()
+    mean, var = torch.randn(3, device=backend), torch.rand(3, device=backend)
+    for buffers in ((mean, var), (mean.bfloat16(), var.bfloat16())):
+        for function in (FF.batch_norm, FF.instance_norm):
+            y = torch.func.vmap(lambda t, f=function, b=buffers: f(t, *b, None, None, False))(x)
+            torch.testing.assert_close(y[1], function(x[1], *buffers, None, None, False))
 
 
 def test_an_ensemble_with_cumulative_averages(backend):

@@ -14,7 +14,6 @@ Everything else, and all of it under torch.compile, torch.func, forward-mode AD 
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import batch_norm_cpu, formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
@@ -79,7 +78,7 @@ def batch_norm(
 
     statistics = (running_mean, running_var, training, momentum, eps)
     if not dense:  # a copy costs less than torch's loops over strides
-        input = input.contiguous(memory_format=suggest_memory_format(input))
+        input = input.contiguous(memory_format=native.kept_format(input))
         own = is_slow(input, training, eps)
     inner = activation if activation in STEPS else "identity"
     if not own:
@@ -103,8 +102,12 @@ def _plain(
     cudnn_enabled: bool,
 ) -> Tensor:
     running_mean, _, training, _, eps = statistics
-    if not training or not native.transformed():
+    if not native.transformed():
         return torch.batch_norm(input, weight, bias, *statistics, cudnn_enabled)
+    if not training:  # torch's rule for vmap knows but one dtype
+        wide = input.to(native.WIDER.get(input.dtype, input.dtype))
+        z = torch.batch_norm(wide, weight, bias, *statistics, cudnn_enabled)
+        return z.to(input.dtype)
     if running_mean is not None:  # moved by torch's operator, which has rules for it
         torch.batch_norm(input.detach(), None, None, *statistics, cudnn_enabled)
     return formulas.batch_norm(input, weight, bias, eps)
@@ -156,7 +159,10 @@ def _converted(
     elif not training:
         mean, var = (t.to(dtype).contiguous() for t in (running_mean, running_var))
     elif not isinstance(momentum, Tensor) and _can_move(input, running_mean, running_var):
-        mean, var = (t.to(dtype).contiguous() for t in (running_mean, running_var))
+        mean, var = (
+            t if _serves(t, dtype) else t.to(dtype).contiguous()
+            for t in (running_mean, running_var)
+        )
         y = batch_norm(
             input, mean, var, weight, bias, True, momentum, eps, residual, activation, None
         )
@@ -172,10 +178,20 @@ def _converted(
     if training and input.numel() > 0:
         for running, batch in ((running_mean, mean), (running_var, var)):
             if running is not None and batch is not None:
-                dtype = torch.promote_types(running.dtype, batch.dtype)
-                share = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
-                running.copy_(torch.lerp(running.to(dtype), batch.to(dtype), share))
+                move(running, batch, momentum)
     return y.to(y_dtype)
+
+
+def move(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    """Move a buffer towards a statistic of the batch, in the wider of their dtypes.
+
+    torch.func refuses to write to a buffer that is no argument of its function, but not to an alias
+    of it, by which torch.nn's InstanceNorm moves its own.
+    """
+    dtype = torch.promote_types(running.dtype, batch.dtype)
+    share = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
+    moved = torch.lerp(running.to(dtype), batch.to(dtype).view(running.shape), share)
+    (native.aten.alias(running) if native.transformed() else running).copy_(moved)
 
 
 def _is_exact(input: Tensor, *small: Tensor | None) -> bool:

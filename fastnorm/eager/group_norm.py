@@ -13,7 +13,6 @@ Everything else, and all of it under torch.compile, torch.func, forward-mode AD 
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
@@ -41,7 +40,7 @@ def group_norm(
 
     if not (input.is_contiguous() or channels_are_last(input)):
         # a copy costs less than torch's, which it makes in the backward again
-        input = input.contiguous(memory_format=suggest_memory_format(input))
+        input = input.contiguous(memory_format=native.kept_format(input))
     inner = activation if activation in STEPS else "identity"
     own = native.is_huge(input) or not input.is_contiguous()
     if not own:
@@ -95,7 +94,7 @@ def _plain(
         return formulas.group_norm(input, num_groups, weight, bias, eps)
     frozen = input.is_cpu and not input.requires_grad
     if frozen and not (input.is_contiguous() or native.needs_no_gradient(weight, bias)):
-        kept = suggest_memory_format(input)
+        kept = native.kept_format(input)
         z = torch.group_norm(input.contiguous(), num_groups, weight, bias, eps, False)
         return z.contiguous(memory_format=kept)
     enabled = input.is_cpu or torch.backends.cudnn.enabled

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._prims_common import suggest_memory_format
 
 from fastnorm.eager import native
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.eager.batch_norm import batch_norm
+from fastnorm.eager.batch_norm import batch_norm, move
 from fastnorm.eager.batch_norm_cpu import apply_moments
 from fastnorm.eager.channels import gradients, through_activation
 from fastnorm.eager.group_norm import channels_are_last, group_norm, prepared
@@ -92,16 +91,9 @@ def instance_norm(
     if statistics is not None:
         for running, instances in zip((running_mean, running_var), statistics, strict=True):
             assert running is not None  # or there were no statistics
-            _move(running, instances, momentum)
+            dtype = torch.promote_types(running.dtype, instances.dtype)
+            move(running, instances.to(dtype).mean(0), momentum)
     return y
-
-
-def _move(running: Tensor, instances: Tensor, momentum: float | Tensor) -> None:
-    """Move a buffer towards the average over samples."""
-    dtype = torch.promote_types(running.dtype, instances.dtype)
-    share = momentum.to(dtype) if isinstance(momentum, Tensor) else momentum
-    average = instances.to(dtype).mean(0).view(running.shape)
-    running.copy_(torch.lerp(running.to(dtype), average, share))
 
 
 def _as_channels(
@@ -124,7 +116,7 @@ def _as_channels(
         training, 1.0, eps, None if residual is None else residual.reshape(1, N * C, -1),
         activation, None,
     )  # fmt: skip
-    return y.view(input.shape).contiguous(memory_format=suggest_memory_format(input))
+    return y.view(input.shape).contiguous(memory_format=native.kept_format(input))
 
 
 def _by_samples(

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 from torch.autograd import forward_ad
 
 aten = torch.ops.aten
@@ -54,6 +55,14 @@ def memory_format(input: Tensor) -> torch.memory_format:
 def is_dense(input: Tensor) -> bool:
     """Whether torch's CPU kernels walk its memory in order."""
     return input.is_contiguous() or input.is_contiguous(memory_format=memory_format(input))
+
+
+def kept_format(input: Tensor) -> torch.memory_format:
+    """That which torch gives to what it computes from `input`, dense or not."""
+    if torch._C._get_tracing_state() is None:
+        return suggest_memory_format(input)
+    # TorchScript records sizes, and does not tell them
+    return memory_format(input) if is_dense(input) else torch.contiguous_format
 
 
 def per_channel(values: Tensor, input: Tensor) -> Tensor:

@@ -75,18 +75,6 @@ def overridden(module: nn.Module, base: type[nn.Module], *names: str) -> str:
     return ""
 
 
-def is_hooked(module: nn.Module) -> bool:
-    """Whether somebody listens to calls of this module, or has replaced its forward."""
-    of = module.__dict__
-    return bool(
-        of["_forward_hooks"]
-        or of["_forward_pre_hooks"]
-        or of["_backward_hooks"]
-        or of["_backward_pre_hooks"]
-        or "forward" in of
-    )
-
-
 def closed(module: nn.Module) -> str:
     """Why nothing may change inside this module; empty where it may."""
     if isinstance(module, torch.jit.ScriptModule):

@@ -1,7 +1,11 @@
 """Fold: in evaluation BatchNorm is a scale and a shift, which the layer before it can do itself."""
 
 import copy
+import inspect
+import itertools
 from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
@@ -9,15 +13,26 @@ from torch import Tensor, fx, nn
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.existing import classes, patterns
 from fastnorm.existing.convert import open_modules, require_open
-from fastnorm.existing.fuse import has_norms, plain_arguments
+from fastnorm.existing.fuse import plain_arguments
+from fastnorm.modules.attributes import is_hooked
+from fastnorm.modules.linear_batch_norm import LinearBatchNorm
 from fastnorm.structure import layers
-from fastnorm.structure.forward import capture
+from fastnorm.structure.forward import capture, glance
 from fastnorm.structure.watch import UntraceableError
 
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 FOLDABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
-Pair = tuple[nn.Module, str, str]
-"""A module, and the names in it of a layer and of the batch norm after it."""
+FLAGS = 4
+"""Optional arguments of a forward up to which it is read with all combinations of them."""
+Pair = tuple[nn.Module, nn.Module]
+"""A layer and the batch norm after it."""
+
+
+class _Way(NamedTuple):
+    """One way through a forward: the modules that it calls or looks into, the pairs among them."""
+
+    used: set[nn.Module]
+    pairs: list[Pair]
 
 
 def fold(model: nn.Module) -> nn.Module:
@@ -28,8 +43,9 @@ def fold(model: nn.Module) -> nn.Module:
 
     with μ and σ² the running statistics. Layers are Linear, Conv1d/2d/3d and ConvTranspose1d/2d/3d
     whose output goes to one BatchNorm and nowhere else, in `nn.Sequential` or any module that
-    torch.fx can trace. The norm's place keeps its activation, if it is fastnorm's with one. The
-    state dict is another, and the copy cannot be trained as the model could: fold last.
+    torch.fx can trace, whatever its optional arguments are. The norm's place keeps its activation,
+    if it is fastnorm's with one. The state dict is another, and the copy cannot be trained as the
+    model could, nor its parts be called by themselves: fold last.
 
     Args:
         model: any module in evaluation mode. It stays as it is.
@@ -60,31 +76,39 @@ def fold(model: nn.Module) -> nn.Module:
             "call model.eval() first"
         )
     folded = copy.deepcopy(model)
-    names = Counter(id(one) for _, one in folded.named_modules(remove_duplicate=False))
-    for owner, layer, norm in [pair for _, one in open_modules(folded) for pair in _pairs(one)]:
-        one, other = owner.get_submodule(layer), owner.get_submodule(norm)
-        if names[id(one)] == names[id(other)] == 1:  # a layer of two places serves two norms
-            _fold(one, other)
-            _replace(owner, norm, _Folded(other, one))
-    if isinstance(folded, layers.FUSED):
-        return _apart(folded)
-    for name, module in list(folded.named_modules()):
-        if isinstance(module, layers.FUSED):
-            _replace(folded, name, _apart(module))
+    ways = [way for _, one in open_modules(folded) for way in _ways(one)]
+    times = Counter(one for _, one in folded.named_modules(remove_duplicate=False))
+    names = {one: name for name, one in folded.named_modules()}
+    for pair in dict.fromkeys(pair for way in ways for pair in way.pairs):
+        alone = all(times[one] == 1 for one in pair)  # a layer of two places serves two norms
+        if alone and all(pair in way.pairs for way in ways if not way.used.isdisjoint(pair)):
+            layer, norm = pair
+            owner = folded.get_submodule(names[norm].rpartition(".")[0])
+            _fold(layer, norm)
+            # a LinearBatchNorm's statistics are over all leading axes
+            axes = None if isinstance(owner, LinearBatchNorm) else _axes(layer)
+            _replace(folded, names[norm], _Folded(norm, axes))
+    for one, name in names.items():
+        parts = layers.fused_parts(one)
+        if parts is not None and isinstance(getattr(one, parts[1]), _Folded):
+            both = nn.Sequential(OrderedDict((part, getattr(one, part)) for part in parts)).eval()
+            if one is folded:
+                return both
+            _replace(folded, name, both)
     return folded
 
 
 class _Folded(nn.Module):
     """In the place of a folded norm: its activation, and its rule of how many axes there are."""
 
-    def __init__(self, norm: nn.Module, layer: nn.Module) -> None:
+    def __init__(self, norm: nn.Module, axes: int | None) -> None:
         super().__init__()
         self.activation = getattr(norm, "activation", "identity")
-        self.axes = 2 if isinstance(layer, nn.Linear) else _weight(layer).ndim
+        self.axes = axes
         self.eval()
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.ndim != self.axes:
+        if self.axes is not None and input.ndim != self.axes:
             raise ValueError(
                 f"a BatchNorm was folded for {self.axes} axes, but got {list(input.shape)}"
             )
@@ -94,22 +118,70 @@ class _Folded(nn.Module):
         return f"activation={self.activation!r}"
 
 
-def _pairs(owner: nn.Module) -> list[Pair]:
-    """Layers and norms that an owner's forward calls one after the other."""
-    written = classes.original_class(owner).forward
-    if not has_norms(owner) or "forward" in owner.__dict__:
+def _ways(owner: nn.Module) -> list[_Way]:
+    """What an owner's forward may do; [] where that cannot be read."""
+    kind = classes.original_class(owner)
+    if "forward" in owner.__dict__:
         return []
-    graph = None
-    for args in plain_arguments(written):
+    parts = layers.fused_parts(owner)
+    if parts is not None:
+        layer, norm = (getattr(owner, name) for name in parts)
+        foldable = (
+            kind.forward in (one.forward for one in layers.FUSED)
+            and type(layer) in FOLDABLE
+            and norm.running_mean is not None
+            and not any(map(is_hooked, (owner, layer, norm)))
+        )
+        return [_Way({layer, norm}, [(layer, norm)] if foldable else [])]
+    ours = not kind.__module__.startswith("torch.") or kind.forward is nn.Sequential.forward
+    if not ours or not any(patterns.norm_kind(one) == "batch" for one in owner.modules()):
+        return []
+    tried = [_ways_of(owner, kind.forward, args) for args in plain_arguments(kind.forward)]
+    with_pairs = (ways for ways in tried if any(way.pairs for way in ways))
+    return next(with_pairs, [way for ways in tried for way in ways])
+
+
+def _ways_of(owner: nn.Module, forward: Callable[..., Any], args: tuple[object, ...]) -> list[_Way]:
+    ways: list[_Way] = []
+    unread: list[set[nn.Module]] = []
+    for options in _options(forward):
+        call = owner, forward, args, options
         try:
-            graph = graph or capture(owner, written, args, {}).graph
+            ways.append(_way(owner, capture(*call).graph))
         except UntraceableError:
-            continue
-    if graph is None:
-        return []
+            unread.append(_seen(call, owner))
+    if unread:  # who knows what those do with what the others use
+        ways.append(_Way(set().union(*unread, *(way.used for way in ways)), []))
+    return ways
+
+
+def _seen(call: tuple[Any, ...], owner: nn.Module) -> set[nn.Module]:
+    """What a call that is known but in part surely uses."""
+    try:
+        return _way(owner, glance(*call)).used
+    except UntraceableError:
+        return set()
+
+
+def _options(forward: Callable[..., Any]) -> Iterator[dict[str, object]]:
+    """Optional arguments, given or not: a flag its other value, whatever else a tensor's place."""
+    optional = {
+        name: one.default is False if isinstance(one.default, bool) else torch.empty(0)
+        for name, one in inspect.signature(forward).parameters.items()
+        if one.default is not one.empty and one.kind is not one.POSITIONAL_ONLY
+    }
+    most = len(optional) if len(optional) <= FLAGS else 1
+    for count in range(most + 1):
+        for chosen in itertools.combinations(optional.items(), count):
+            yield dict(chosen)
+
+
+def _way(owner: nn.Module, graph: fx.Graph) -> _Way:
     modules = dict(owner.named_modules(remove_duplicate=False))
     called = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
-    asked = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    asked = {
+        str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"
+    } - {""}
 
     def folds(node: fx.Node, layer: object) -> bool:
         if not isinstance(layer, fx.Node) or layer.op != "call_module" or len(layer.users) != 1:
@@ -119,19 +191,20 @@ def _pairs(owner: nn.Module) -> list[Pair]:
         return (
             type(one) in FOLDABLE
             and getattr(norm, "running_mean", None) is not None
-            and all(called[name] == 1 for name in names)
-            and not any(name.startswith(tuple(f"{one}." for one in names)) for name in asked)
-            and not any(classes.is_hooked(module) for module in (one, norm))
+            and all(called[name] == 1 and name not in asked for name in names)
+            and not any(is_hooked(module) for module in (one, norm))
         )
 
-    return [
-        (owner, str(node.all_input_nodes[0].target), str(node.target))
+    pairs = [
+        (modules[str(node.all_input_nodes[0].target)], modules[str(node.target)])
         for node in graph.nodes
         if node.op == "call_module"
         and patterns.norm_kind(modules.get(str(node.target))) == "batch"
         and len(node.args) == 1
+        and not node.kwargs  # a residual
         and folds(node, node.args[0])
     ]
+    return _Way({modules[name] for name in called.keys() | asked}, pairs)
 
 
 @torch.no_grad()
@@ -160,25 +233,9 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
     layer.bias = nn.Parameter(bias.to(weight.dtype), weight.requires_grad)
 
 
-def _apart(module: nn.Module) -> nn.Module:
-    """One of our layers with BatchNorm as its layer, folded, and its activation."""
-    names = layers.fused_parts(module)
-    assert names is not None
-    layer, norm = (getattr(module, name) for name in names)
-    if norm.running_mean is None or any(map(classes.is_hooked, (module, layer, norm))):
-        return module
-    _fold(layer, norm)
-    folded = _Folded(norm, layer)
-    if isinstance(layer, nn.Linear):  # whose statistics are over all leading axes
-        folded = _Anywhere(norm, layer)
-    return nn.Sequential(OrderedDict(zip(names, (layer, folded), strict=True))).eval()
-
-
-class _Anywhere(_Folded):
-    """The same after a LinearBatchNorm, for which the last axis is the channels'."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return ACTIVATIONS[self.activation](input)
+def _axes(layer: nn.Module) -> int:
+    """Of an input that BatchNorm after `layer` normalizes in the axis that the layer computes."""
+    return 2 if isinstance(layer, nn.Linear) else _weight(layer).ndim
 
 
 def _weight(layer: nn.Module) -> Tensor:

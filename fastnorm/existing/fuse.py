@@ -13,6 +13,7 @@ from torch.nn.modules import module as torch_module
 from fastnorm.existing import classes, patterns
 from fastnorm.existing.classes import PLANS
 from fastnorm.existing.convert import open_modules, require_open
+from fastnorm.modules.attributes import is_hooked
 from fastnorm.structure import layers
 from fastnorm.structure.forward import Captured, capture, is_tensors
 from fastnorm.structure.watch import SIMPLE, Guard, UntraceableError
@@ -80,7 +81,7 @@ class Plan:
 
     def holds(self) -> bool:
         for where, name, module in self.parts:
-            if where.get(name) is not module or classes.is_hooked(module):
+            if where.get(name) is not module or is_hooked(module):
                 return False
         return self.captured.holds() and not torch_module._has_any_global_hook()  # type: ignore[no-untyped-call]
 

@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 
 from fastnorm.existing import calls, nodes
-from fastnorm.existing.classes import is_hooked
 from fastnorm.existing.foreign import ForeignRMSNorm
+from fastnorm.modules.attributes import is_hooked
 from fastnorm.structure import layers
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -7,6 +7,7 @@ from fastnorm.existing import classes, recognise
 from fastnorm.existing.classes import PLANS
 from fastnorm.existing.fuse import FusedForward, Nothing, Plan, candidate, first_plans
 from fastnorm.existing.proof import Proofs
+from fastnorm.modules.attributes import is_hooked
 from fastnorm.structure import layers, redundant_biases
 
 COLUMNS = ("layer", "class", "computed by", "why")
@@ -99,7 +100,7 @@ def _fusions(model: nn.Module) -> tuple[dict[str, str], dict[str, str], list[str
 
 def _by_norm(owner: str, plan: Plan) -> dict[str, str]:
     """What each norm of a plan is fused with; with what keeps it from being so now."""
-    held = [one for _, _, one in plan.parts if classes.is_hooked(one)]
+    held = [one for _, _, one in plan.parts if is_hooked(one)]
     shown = {}
     for run in plan.found.fusions:
         whole = str(run) if not held else f"{run} (as written while a part has hooks)"

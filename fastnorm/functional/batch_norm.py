@@ -79,7 +79,7 @@ def batch_norm(
     if type(momentum) is not float:
         momentum = checks.momentum(momentum, num_batches_tracked, input)
     if type(eps) is not float:
-        eps = float(eps)
+        eps = checks.epsilon(eps)
     if group is None:
         y: Tensor = implementation(input).batch_norm(
             input, running_mean, running_var, weight, bias,

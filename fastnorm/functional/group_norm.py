@@ -55,7 +55,7 @@ def group_norm(
     if activation != "identity":
         checks.activation(activation)
     if type(eps) is not float:
-        eps = float(eps)
+        eps = checks.epsilon(eps)
     y: Tensor = implementation(input).group_norm(
         input, num_groups, weight, bias, eps, residual, activation
     )
@@ -122,7 +122,7 @@ def instance_norm(
     if type(momentum) is not float:
         momentum = checks.fixed_momentum(momentum, input)
     if type(eps) is not float:
-        eps = float(eps)
+        eps = checks.epsilon(eps)
     y: Tensor = implementation(input).instance_norm(
         input, running_mean, running_var, weight, bias,
         use_input_stats, momentum, eps, residual, activation,

@@ -73,14 +73,14 @@ def linear_batch_norm(
     if type(momentum) is not float:
         momentum = checks.momentum(momentum, num_batches_tracked, input)
     if type(eps) is not float:
-        eps = float(eps)
+        eps = checks.epsilon(eps)
     input, weight, bias = _of_one_dtype(input, weight, bias)
     rows = input if input.ndim == 2 else input.flatten(0, -2)
     y: Tensor = _implementation(rows, group).linear_batch_norm(
         rows, weight, bias, running_mean, running_var, norm_weight, norm_bias,
         training, momentum, eps, activation, algorithm, num_batches_tracked, group,
     )  # fmt: skip
-    return y if input.ndim == 2 else y.view(*input.shape[:-1], -1)
+    return y if input.ndim == 2 else y.view(*input.shape[:-1], weight.shape[0])
 
 
 def _implementation(input: Tensor, group: Any) -> ModuleType:
@@ -171,7 +171,7 @@ def conv_batch_norm(
         input, weight, bias = _of_one_dtype(input, weight, bias)
         y: Tensor = _implementation(input, group).linear_batch_norm(
             input, weight.flatten(1), bias, running_mean, running_var, norm_weight, norm_bias,
-            training, momentum, float(eps), activation, "auto", num_batches_tracked, group,
+            training, momentum, checks.epsilon(eps), activation, "auto", num_batches_tracked, group,
         )  # fmt: skip
         return y
     convolution = _CONVOLUTIONS[weight.ndim]

@@ -64,7 +64,7 @@ def initialize(
             f"{structure.untraced}"
         )
     rows = Walk(model, scheme, structure, generator).run()
-    if residual != "none":
+    if residual != "none" and structure.branches:
         rows = apply_residual(model, residual, structure, rows)
     return InitReport(rows)
 

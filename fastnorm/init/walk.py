@@ -225,7 +225,7 @@ class Walk:
             reason = f"{part} is computed from other parameters"
         elif not parameter.requires_grad:
             reason = "frozen"
-        elif not parameter.is_floating_point():
+        elif not parameter.is_floating_point() or parameter.itemsize == 1:  # torch draws no float8
             reason = f"of dtype {parameter.dtype}"
         elif self.owners[id(parameter)] != name:
             reason = f"the weight of {self.owners[id(parameter)] or '(model)'}"

@@ -37,6 +37,18 @@ def operands(layer: Module) -> tuple[Any, Tensor | None]:
     return parameter(layer, "weight"), parameter(layer, "bias")
 
 
+def is_hooked(module: Module) -> bool:
+    """Whether somebody listens to calls of this module, or has replaced its forward."""
+    of = module.__dict__
+    return bool(
+        of["_forward_hooks"]
+        or of["_forward_pre_hooks"]
+        or of["_backward_hooks"]
+        or of["_backward_pre_hooks"]
+        or "forward" in of
+    )
+
+
 def with_activation(shown: str, activation: str) -> str:
     """An `extra_repr` that names an activation other than the identity."""
     return shown if activation == "identity" else f"{shown}, activation={activation!r}"

@@ -32,12 +32,16 @@ class GroupNorm(torch.nn.GroupNorm):
         self,
         num_groups: int,
         num_channels: int,
-        *args: Any,
+        eps: float = 1e-5,
+        affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
         activation: str = "identity",
-        **kwargs: Any,
+        **kwargs: Any,  # what a newer torch's constructor accepts besides (2.13: bias)
     ) -> None:
         checks.activation(activation)
-        super().__init__(num_groups, num_channels, *args, **kwargs)
+        super().__init__(num_groups, num_channels, eps, affine, device, dtype, **kwargs)
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -62,10 +66,22 @@ class _InstanceNorm(torch.nn.modules.instancenorm._InstanceNorm):
     forward_of_torch = method_of(torch.nn.modules.instancenorm._InstanceNorm.forward)
 
     def __init__(
-        self, num_features: int, *args: Any, activation: str = "identity", **kwargs: Any
+        self,
+        num_features: int,
+        eps: float = 1e-5,
+        momentum: float = 0.1,
+        affine: bool = False,
+        track_running_stats: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        activation: str = "identity",
+        **kwargs: Any,  # what a newer torch's constructor accepts besides (2.13: bias)
     ) -> None:
         checks.activation(activation)
-        super().__init__(num_features, *args, **kwargs)
+        super().__init__(
+            num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs
+        )
         self.activation = activation
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -28,12 +28,17 @@ class LayerNorm(torch.nn.LayerNorm):
     def __init__(
         self,
         normalized_shape: int | list[int] | torch.Size,
-        *args: Any,
+        eps: float = 1e-5,
+        elementwise_affine: bool = True,
+        bias: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
         activation: str = "identity",
-        **kwargs: Any,
+        **kwargs: Any,  # what a newer torch's constructor accepts besides
     ) -> None:
         checks.activation(activation)
-        super().__init__(normalized_shape, *args, **kwargs)
+        super().__init__(normalized_shape, eps, elementwise_affine, bias, device, dtype, **kwargs)
         self.activation = activation
 
     def forward(self, input: Tensor) -> Tensor:
@@ -70,12 +75,16 @@ class RMSNorm(torch.nn.RMSNorm):
     def __init__(
         self,
         normalized_shape: int | list[int] | torch.Size,
-        *args: Any,
+        eps: float | None = None,
+        elementwise_affine: bool = True,
+        device: Any = None,
+        dtype: Any = None,
+        *,
         activation: str = "identity",
-        **kwargs: Any,
+        **kwargs: Any,  # what a newer torch's constructor accepts besides
     ) -> None:
         checks.activation(activation)
-        super().__init__(normalized_shape, *args, **kwargs)
+        super().__init__(normalized_shape, eps, elementwise_affine, device, dtype, **kwargs)
         self.activation = activation
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,9 +6,33 @@ import torch
 from torch import Tensor
 
 from fastnorm import functional
-from fastnorm.modules.attributes import as_node, child, is_symbolic, operands, parameter
-from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
+from fastnorm.modules.attributes import (
+    as_node,
+    child,
+    is_hooked,
+    is_symbolic,
+    operands,
+    parameter,
+)
+from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
 from fastnorm.modules.scripted import is_scripting
+from fastnorm.modules.sync_batch_norm import SyncBatchNorm
+
+FORWARDS = (BatchNorm1d.forward, SyncBatchNorm.forward)
+"""Of the norms whose part in the whole is known."""
+
+
+def are_apart(layer: torch.nn.Module, norm: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+    """Whether a layer and its norm are to be called: one has hooks, or a forward of its own.
+
+    By hooks torch.nn.utils.prune computes a weight anew, and an adapter is a layer of its own.
+    """
+    return (
+        type(layer).forward is not kind.forward
+        or (isinstance(norm, _BatchNorm) and type(norm).forward not in FORWARDS)
+        or is_hooked(layer)
+        or is_hooked(norm)
+    )
 
 
 class LinearBatchNorm(torch.nn.Module):
@@ -17,8 +41,9 @@ class LinearBatchNorm(torch.nn.Module):
     .. math:: y = \mathrm{act}\bigl(\mathrm{BN}(x W^\top + b)\bigr)
 
     Input (*, in_features), output (*, out_features), statistics over all leading axes. Submodules
-    `linear` and `norm` hold the parameters; `norm` also knows the activation. Without a bias by
-    default: batch norm removes it. Errors: `fastnorm.functional.linear_batch_norm`.
+    `linear` and `norm` hold the parameters; `norm` also knows the activation. Where one of them has
+    hooks, or a forward that is not its class's here, both are called, one after the other. Without
+    a bias by default: batch norm removes it. Errors: `fastnorm.functional.linear_batch_norm`.
 
     >>> import torch, fastnorm
     >>> layer = fastnorm.LinearBatchNorm(4, 8)
@@ -49,10 +74,11 @@ class LinearBatchNorm(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
-            z = self.linear(input)
-            y = self.norm(z.flatten(0, -2)).view_as(z)
+            y = self.as_written(input)
         elif is_symbolic(self, input):
             y = as_node(self, input)
+        elif are_apart(child(self, "linear"), child(self, "norm"), torch.nn.Linear):
+            y = self.as_written(input)
         else:
             norm = child(self, "norm")
             if input.ndim < 2:
@@ -66,7 +92,12 @@ class LinearBatchNorm(torch.nn.Module):
                 training, momentum, norm.eps,
                 activation=norm.activation, num_batches_tracked=count, process_group=norm.group(),
             )  # fmt: skip
-        return y  # type: ignore[no-any-return]
+        return y
+
+    def as_written(self, input: Tensor) -> Tensor:
+        z = self.linear(input)
+        y: Tensor = self.norm(z.flatten(0, -2)).view_as(z)
+        return y
 
 
 class _ConvBatchNorm(torch.nn.Module):
@@ -107,9 +138,11 @@ class _ConvBatchNorm(torch.nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         if is_scripting():
-            y = self.norm(self.conv(input))
+            y = self.as_written(input)
         elif is_symbolic(self, input):
             y = as_node(self, input)
+        elif are_apart(child(self, "conv"), child(self, "norm"), self._conv):
+            y = self.as_written(input)
         else:
             conv, norm = child(self, "conv"), child(self, "norm")
             norm.check_rank(input)
@@ -121,7 +154,11 @@ class _ConvBatchNorm(torch.nn.Module):
                 dilation=conv.dilation, groups=conv.groups, activation=norm.activation,
                 num_batches_tracked=count, process_group=norm.group(),
             )  # fmt: skip
-        return y  # type: ignore[no-any-return]
+        return y
+
+    def as_written(self, input: Tensor) -> Tensor:
+        y: Tensor = self.norm(self.conv(input))
+        return y
 
 
 class Conv1dBatchNorm(_ConvBatchNorm):

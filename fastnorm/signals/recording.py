@@ -22,7 +22,7 @@ from fastnorm.signals.samples import Samples
 from fastnorm.signals.tensors import inside, is_plain
 from fastnorm.signals.watch import Watch, collect, kind, total
 from fastnorm.signals.weights import Weight
-from fastnorm.structure import activations
+from fastnorm.structure import activations, layers
 
 SAMPLE = 2**13
 
@@ -179,8 +179,10 @@ class Signals:
                 input = args[0] if args else kwargs.get("input")
                 self._see(watch, called, input, output)
 
+        whole = {module: layers.fused_parts(module) or () for module in self.model.modules()}
+        parts = {getattr(module, part) for module, names in whole.items() for part in names}
         for name, module in self.model.named_modules():
-            if kind(module).watched:
+            if kind(module).watched and module not in parts:  # hooks would have them called apart
                 watch = watches[module] = Watch(name, module)
                 # always_call: what is running must be known after an exception
                 handle = module.register_forward_hook(leave, with_kwargs=True, always_call=True)

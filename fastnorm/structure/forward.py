@@ -68,16 +68,8 @@ def capture(
         UntraceableError: with the reason.
     """
     with _tracing:
-        tracer = _Tracer(forward, args, kwargs)
         watch = Watch()
-        try:
-            with watch.on():
-                graph = tracer.trace(module)
-        except UntraceableError:
-            raise
-        except Exception as error:  # a forward may raise anything when its tensors have no values
-            line = f"{error}".splitlines()[0] if f"{error}" else ""
-            raise UntraceableError(f"{type(error).__name__}: {line}"[:120]) from None
+        graph = _traced(module, forward, args, kwargs, watch)
         entries = entry_codes(forward)
         found = (hazard(code, code in entries) for code in watch.codes)
         reason = watch.fickle or next(filter(None, found), "")
@@ -89,6 +81,38 @@ def capture(
         if isinstance(one, CONTAINERS) or (one is module and isinstance(one, nn.Sequential))
     ]
     return Captured(graph, watch.guards, members)  # type: ignore[arg-type]
+
+
+def glance(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+) -> fx.Graph:
+    """A graph that shows what one such call runs, and may not stand for the forward.
+
+    Raises:
+        UntraceableError: with the reason.
+    """
+    with _tracing:
+        return _traced(module, forward, args, kwargs, Watch(strict=False))
+
+
+def _traced(
+    module: nn.Module,
+    forward: Callable[..., Any],
+    args: Sequence[object],
+    kwargs: Mapping[str, object],
+    watch: Watch,
+) -> fx.Graph:
+    try:
+        with watch.on():
+            return _Tracer(forward, args, kwargs).trace(module)
+    except UntraceableError:
+        raise
+    except Exception as error:  # a forward may raise anything when its tensors have no values
+        line = f"{error}".splitlines()[0] if f"{error}" else ""
+        raise UntraceableError(f"{type(error).__name__}: {line}"[:120]) from None
 
 
 class _Value(fx.Proxy):

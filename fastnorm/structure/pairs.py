@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from fastnorm.structure import layers
 from fastnorm.structure.read import Structure, read
@@ -28,8 +29,8 @@ def redundant_biases(model: nn.Module, structure: Structure | None = None) -> li
         (layer, norm)
         for layer, norm in facts.straight.items()
         if isinstance(modules[norm], layers.PER_CHANNEL_NORMS)
-        and isinstance(getattr(modules[layer], "bias", None), nn.Parameter)
         and isinstance(modules[layer], layers.LAYERS)
+        and _has_bias(modules[layer])
         and _alike_in_channels(modules[layer], modules[norm], layer in facts.reshaped)
     ]
 
@@ -44,6 +45,12 @@ def double_norms(model: nn.Module, structure: Structure | None = None) -> list[N
             which = 0 if first in facts.reshaped else idle(modules[first], modules[second])
             pairs.append(NormPair(first, second, ("", first, second)[which]))
     return pairs
+
+
+def _has_bias(layer: nn.Module) -> bool:
+    """Of a lazy one nobody knows the length."""
+    bias = getattr(layer, "bias", None)
+    return isinstance(bias, nn.Parameter) and not is_lazy(bias)
 
 
 def _alike_in_channels(layer: Any, norm: Any, reshaped: bool) -> bool:

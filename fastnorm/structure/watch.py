@@ -50,9 +50,13 @@ class _NoTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 class Watch:
-    """Notes what a forward reads, sets and calls while it is traced."""
+    """Notes what a forward reads, sets and calls while it is traced.
 
-    def __init__(self) -> None:
+    If it is not `strict`, the forward may read what no guard can compare.
+    """
+
+    def __init__(self, strict: bool = True) -> None:
+        self.strict = strict
         self.guards: list[Guard] = []
         self.codes: dict[CodeType, None] = {}
         """Code outside torch that ran, in that order."""
@@ -105,7 +109,7 @@ class Watch:
             return
         if name in ("_modules", "_parameters", "_buffers"):
             return
-        if not _is_comparable(value) and not callable(value):
+        if self.strict and not _is_comparable(value) and not callable(value):
             raise UntraceableError(f"it reads {name}, a {type(value).__name__}")
         self.guards.append(Guard(own, name, value))
 
