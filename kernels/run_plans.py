@@ -34,7 +34,7 @@ from fastnorm.kernels.row_plans import (
 # keeps its own, or each vector where a channel has whole ones.
 RUN_FORWARD = ((512, 16, 17), (1024, 32, 11), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_RUN = 4096  # elements, in registers, whose parameters are kept one by one
-RUN_TILE, RUN_WARPS = 4096, 4  # of a longer run
+RUN_WARPS = 4  # of a longer run
 RUN_BYTES = 98304  # of one that is read twice: those of all resident programs are in the cache
 
 
@@ -103,8 +103,7 @@ def run_plan(
     """Forward, in tiles."""
     if L * itemsize > (WHOLE_BYTES if _are_few(N, G, device) else RUN_BYTES):
         return None
-    block_n = (RUN_TILE if align >= 4 else RUN_TILE // 2) // registers_of(itemsize)
-    block_n = _evenly(L, block_n)
+    block_n = _evenly(L, TILE_BYTES // itemsize // (1 if align >= 4 else 2))
     return RowPlan(
         False, 1, block_n,
         stages_of(1, block_n, loaded, ROW_WARPS // RUN_WARPS, device),
@@ -141,7 +140,8 @@ def run_gradient_plan(
     """Backward, in tiles; both dy and x are read twice."""
     if K * S * itemsize > (WHOLE_BYTES if _are_few(N, G, device) else RUN_BYTES // 2):
         return None
-    elements = RUN_TILE // (1 if align > 1 else 2) // max(itemsize // 2, 1)
+    many = align == 1 or loaded > 2 * itemsize  # addresses, or numbers, an element
+    elements = TILE_BYTES // itemsize // (2 if many else 1)
     block_s = min(power_of_two(S), elements)
     block_c = _evenly(K, min(elements // block_s, power_of_two(K)))
     parts = cdiv(S, block_s)

@@ -145,7 +145,7 @@ def test_matches_float64(backend, shape, num_groups, dtype):
 
 SHORT = [((9, 12), 3), ((5, 12, 2), 6), ((3, 70, 3), 35), ((300, 24), 3), ((4, 33, 7), 3)]
 """Few groups, short ones, more than a tile has, a tile of several samples, odd, many tiles."""
-IN_TILES = {"KEPT_RUN": 0, "WIDEST_ROW": 0, "WIDEST_ROW_BACKWARD": 0, "RUN_TILE": 64}
+IN_TILES = {"KEPT_RUN": 0, "WIDEST_ROW": 0, "WIDEST_ROW_BACKWARD": 0, "TILE_BYTES": 256}
 SHARED = {
     "KEPT_RUN": 0,
     "WIDEST_ROW": 0,
