@@ -3,7 +3,8 @@
 A run that fits registers is a row: see row_plans.py. Programs have `beside` runs of each of some
 samples, one block after the other. A longer run is its program's alone, which reads it twice, the
 second time from a cache. Where there are few of those, or they are longer still, programs share
-them: see group_plans.py.
+them: see group_plans.py. Of the batch's size nothing that is compiled depends on but whether they
+are few.
 """
 
 from dataclasses import dataclass

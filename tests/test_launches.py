@@ -3,10 +3,13 @@
 import json
 
 import pytest
+import torch
 from test_codegen import run
 
 from fastnorm.kernels.channel_plans import channel_plan
-from fastnorm.kernels.devices import Device
+from fastnorm.kernels.devices import Device, assume
+from fastnorm.kernels.group_norm_whole import whole_backward, whole_forward
+from fastnorm.kernels.launch import ChannelView
 
 
 @pytest.mark.xdist_group("codegen sm_90")  # which has compiled them all
@@ -32,3 +35,44 @@ def test_few_channels_fill_a_device(C, N, S, columns):
     assert (plan.programs - 1) * plan.tiles_per_program < plan.tiles
     rounds = -(-plan.grid[0] // processors)
     assert plan.grid[0] >= 0.85 * rounds * processors
+
+
+@pytest.mark.parametrize(
+    ("batch", "channels", "side", "ways"),
+    [
+        (16, 320, 8, ("rows", "rows")),  # in registers
+        (4096, 512, 7, ("rows", "rows")),
+        (2, 1280, 16, ("rows", "run")),  # few
+        (16, 1280, 16, ("run", "run")),  # many, tile by tile
+        (16, 640, 20, ("run", "rows")),
+        (16, 640, 32, ("run", "run")),
+        (16, 320, 64, ("run", "shared")),
+        (2, 640, 32, ("shared", "shared")),
+    ],
+)
+def test_who_owns_a_contiguous_group(batch, channels, side, ways):
+    """All are taken once, by programs that are resident together, as is what they load ahead."""
+    x = torch.empty(batch, channels, side, side, dtype=torch.bfloat16, device="meta")
+    view = ChannelView(batch, channels, side * side, columns=False)
+    device = Device(multiprocessors=132, shared=227 << 10)
+    with assume(device):
+        passes = whole_forward(x, None, view, 32), whole_backward(x, 4, False, view, 32)
+    for way, whole, loaded in zip(ways, passes, (2, 4), strict=True):
+        if whole is None or way == "shared":
+            assert whole is None
+            assert way == "shared"
+            continue
+        assert f"_{way}_" in whole.kernel.__name__
+        sizes = whole.constants
+        together = 65536 // (32 * sizes["num_warps"] * sizes["maxnreg"])
+        if way == "rows":
+            programs, tiles, each = whole.shares
+            tile = sizes["BLOCK_M"] * sizes["BLOCK_N"]
+            assert (programs - 1) * each < tiles <= programs * each
+            assert tiles * sizes["BLOCK_M"] // sizes["BLOCK_G"] >= batch
+            assert whole.programs <= together * device.multiprocessors
+        else:
+            tile = sizes.get("BLOCK_N") or sizes["BLOCK_S"] * sizes["BLOCK_C"]
+            assert whole.programs == batch * 32
+            assert tile * whole.shares[-1] >= channels // 32 * side**2
+        assert together * (sizes["STAGES"] - 1) * tile * loaded <= device.shared
