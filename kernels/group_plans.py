@@ -41,6 +41,10 @@ class GroupPlan:
 
 
 GROUP_LANES = 1024  # channels of a program: each keeps its statistics and sums in registers
+# Of a channel, where channels are innermost. From there on the threads of a program that owns a
+# group merge more than they sum, a few positions each at a time; and what programs that share a
+# sample leave of each channel is little beside its elements.
+WHOLE_POSITIONS = 128
 
 # Merging the partials of a group: P · K of them, few where a channel is long.
 GROUP_MERGE_PARTIALS = 64
@@ -60,7 +64,8 @@ def group_plan(
     block_k = power_of_two(K)
     # groups side by side that a program needs lest its loads waste sectors
     width = power_of_two(cdiv(min(sector, C), K)) if columns else 1
-    whole = columns and width * K * S * itemsize <= WHOLE_BYTES and width * block_k <= GROUP_LANES
+    fits = width * K * S * itemsize <= WHOLE_BYTES and width * block_k <= GROUP_LANES
+    whole = columns and S < WHOLE_POSITIONS and fits
     innermost = (K if whole and block_k != K else C) if columns else S
     align = divisor_class(innermost, itemsize)
     block_n = 1

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastnorm.kernels.group_plans import WHOLE_POSITIONS
 from fastnorm.kernels.launch import WHOLE_BYTES
 from fastnorm.kernels.row_plans import WIDEST_ROW, WIDEST_ROW_BACKWARD
 from fastnorm.kernels.run_plans import RUN_BYTES
@@ -114,9 +115,12 @@ class Layer:
         elif self.kind.startswith("Instance"):
             sets = self.shape[0] * self.shape[1]
         size = math.prod(self.shape) // sets * dtype.itemsize
-        run = self.layout == "contiguous" and "Batch" not in self.kind
-        fits = (RUN_BYTES, RUN_BYTES // 2) if run else (WHOLE_BYTES, WHOLE_BYTES)
-        return size <= fits[0], size <= fits[1]
+        if "Batch" in self.kind:
+            return size <= WHOLE_BYTES, size <= WHOLE_BYTES
+        if self.layout == "contiguous":
+            return size <= RUN_BYTES, size <= RUN_BYTES // 2
+        short = math.prod(self.shape[2:]) < WHOLE_POSITIONS and size <= WHOLE_BYTES
+        return short, short
 
     def flops(self, kind: str) -> int:
         """Of the formulas: a product's 2MKN (6MKN in a step), else a few an element."""
