@@ -522,6 +522,20 @@ def test_a_block_called_twice_is_scaled_once():
     torch.testing.assert_close(block.b.weight, want)
 
 
+def test_a_loop_over_layers_has_a_block_at_each_sum():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    assert read(nn.Sequential(nn.Linear(4, 4), Loop())).blocks == 4
+
+
 @pytest.mark.parametrize("rule", ["zero", "depth"])
 def test_a_frozen_end_of_a_branch_is_kept(rule):
     model = residual_model("pre")
