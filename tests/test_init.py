@@ -173,6 +173,17 @@ def test_fans_keep_the_power_of_the_signal(layer):
     assert sum(backward) / 20 == pytest.approx(counted.fan_out, rel=bound + samples + 0.01)
 
 
+def test_fans_of_a_bilinear_layer_keep_the_power_of_the_signal():
+    """Var y = fan_in · Var w · E[x₁²] E[x₂²]."""
+    generator = seeded()
+    layer = nn.Bilinear(5, 40, 300, bias=False)
+    nn.init.normal_(layer.weight, 0.0, 1.0, generator)
+    # signs: their squares are 1 exactly
+    a, b = (torch.randn(64, n, generator=generator).sign() for n in (5, 40))
+    power = layer(a, b).square().mean().item()
+    assert power == pytest.approx(fans(layer).fan_in, rel=0.07)  # five standard deviations
+
+
 # A model as a whole.
 
 
@@ -187,6 +198,7 @@ def mlp(activation=nn.ReLU):
         (nn.GELU, "he normal", 2 / 300, 3),
         (lambda: nn.LeakyReLU(0.5), "he normal", 2 / (1.25 * 300), 3),
         (nn.PReLU, "he normal", 2 / (1.0625 * 300), 3),
+        (lambda: nn.RReLU(0.2, 0.8), "he normal", 2 / (1.25 * 300), 3),
         (nn.SELU, "lecun normal", 1 / 300, 3),
         (nn.Tanh, "xavier uniform", 2 / 800, 1.8),
         (nn.Sigmoid, "xavier uniform", 2 / 800, 1.8),
@@ -214,6 +226,7 @@ def test_a_scheme_that_was_asked_for(scheme, variance):
     assert report["0"].scheme.startswith(scheme)
     assert report["0"].std == pytest.approx(math.sqrt(variance))
     assert_variance(model[0].weight.detach(), variance, 3)
+    assert_variance(model[2].weight.detach(), report["2"].std ** 2, 3)  # more columns than rows
 
 
 def test_the_same_generator_gives_the_same_model():
@@ -498,6 +511,39 @@ def test_depth_scales_the_end_of_each_branch(kind, end):
         factor = 1 / math.sqrt(6) if ends else 1.0
         torch.testing.assert_close(other, factor * one)
     assert "1/√(2·3)" in report[f"2.{end}"].reason
+
+
+def test_a_block_called_twice_is_scaled_once():
+    block = Block(8, "pre")
+    plain, model = nn.Sequential(block, block), nn.Sequential(block, block)
+    init.initialize(plain, generator=seeded())
+    want = block.b.weight / math.sqrt(2 * read(model).blocks)
+    init.initialize(model, residual="depth", generator=seeded())
+    torch.testing.assert_close(block.b.weight, want)
+
+
+def test_a_loop_over_layers_has_a_block_at_each_sum():
+    class Loop(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = x + layer(x)
+            return x
+
+    assert read(nn.Sequential(nn.Linear(4, 4), Loop())).blocks == 4
+
+
+@pytest.mark.parametrize("rule", ["zero", "depth"])
+def test_a_frozen_end_of_a_branch_is_kept(rule):
+    model = residual_model("pre")
+    model[2].b.requires_grad_(False)
+    before = model[2].b.weight.clone()
+    report = init.initialize(model, residual=rule)
+    assert torch.equal(model[2].b.weight, before)
+    assert "no weight that may change" in report["2.b"].reason
 
 
 def test_our_norms_end_a_branch_with_its_sum():

@@ -15,7 +15,7 @@ from torch.overrides import BaseTorchFunctionMode
 import fastnorm
 from fastnorm import init, signals
 from fastnorm.cli.models import FASTNORM, MODELS
-from fastnorm.signals import moments, watch
+from fastnorm.signals import moments, samples, watch
 from fastnorm.signals.moments import First, Moments, moments_of
 from fastnorm.signals.samples import Samples, units_axis
 from fastnorm.signals.weights import alike
@@ -129,6 +129,17 @@ def test_a_sample_is_small_and_has_all_units(shape, last):
     for unit in range(shape[axis]):
         assert torch.isin(picked[:, unit], units[:, unit]).all()
     assert torch.equal(Samples(x.numel()).take(x, axis), units)
+
+
+def test_samples_are_stacked_in_the_buffer_s_space(monkeypatch):
+    monkeypatch.setattr(samples, "SPACE", 60)
+    taken = [torch.full(shape, float(n)) for n, shape in enumerate([(5, 4), (7, 10), (5, 4)] * 4)]
+    places = []
+    for some, stack in Samples(60).stacks([one.double() for one in taken]):
+        assert stack.numel() <= 60 or len(some) == 1
+        assert torch.equal(stack.float(), torch.stack([taken[place] for place in some]))
+        places += some
+    assert sorted(places) == list(range(12))
 
 
 def test_the_sample_size_is_heeded_and_close():
@@ -465,6 +476,12 @@ def test_saturated_units(activation, scale):
     assert found(seen, "saturated units") == (["1"] if scale > 1 else [])
 
 
+def test_zeros_of_a_relu6_are_not_saturated():
+    seen = recorded(nn.Sequential(nn.Linear(8, 16), nn.ReLU6()), torch.randn(64, 8))
+    assert math.isnan(by_name(seen)["1"].saturated)
+    assert found(seen, "saturated units") == []
+
+
 @pytest.mark.parametrize(
     ("how", "names"),
     [("random", []), ("constant", ["0", "2"]), ("zero", ["0", "2", "4"]), ("one layer", ["2"])],
@@ -567,6 +584,15 @@ def test_too_few_samples(shape, few):
     assert found(recorded(model, torch.randn(shape)), "too few samples") == []
 
 
+def test_too_few_samples_of_the_smallest_batch():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with signals.record(model) as seen:
+        for batch, side in ((32, 4), (4, 2), (16, 1)):
+            model(torch.randn(batch, 3, side, side))
+    (few,) = seen.findings()
+    assert (few.problem, "4 samples, 16 values" in few.evidence) == ("too few samples", True)
+
+
 def test_too_few_samples_of_a_fused_layer():
     model = fastnorm.LinearBatchNorm(3, 4)
     assert found(recorded(model, torch.randn(4, 3)), "too few samples") == [""]
@@ -602,6 +628,22 @@ def test_evaluation_on_other_data(mean, std, gap):
     model = nn.Sequential(nn.BatchNorm1d(5)).eval()
     seen = recorded(model, torch.randn(64, 5) * std + mean)
     assert found(seen, "running statistics differ") == (["0"] if gap else [])
+
+
+def test_one_value_has_no_statistics():
+    seen = recorded(nn.Sequential(nn.BatchNorm1d(5)).eval(), torch.randn(1, 5) + 9)
+    assert math.isnan(by_name(seen)["0"].mean_gap)
+    assert seen.findings() == []
+
+
+def test_running_statistics_after_a_layer_of_other_units():
+    """A linear layer's units are on the last axis, the norm's channels on axis 1."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(3)).eval()
+    x = torch.randn(8, 3, 4)
+    seen = recorded(model, x)
+    z = model[0](x).double()
+    gap = (z.mean((0, 2)).square() / (1 + 1e-5)).mean().sqrt()
+    assert by_name(seen)["1"].mean_gap == pytest.approx(gap.item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -679,8 +721,8 @@ def test_not_finite_after_many_calls(monkeypatch):
     assert by_name(seen)["0"].failed == 5 * 3 + 2
     assert seen.input_failed == 5 * 3 + 1
     first = First()
-    for event, value in enumerate([1.0, 2.0, math.inf, math.nan], 1):
-        first.add(torch.tensor(value), event)
+    for event, value in enumerate([1.0, 2.0, math.inf, math.nan, 1.0, math.nan, 1.0, 1.0], 1):
+        first.add(torch.tensor(value), event)  # merged twice
     assert first.read(float) == 3
 
 

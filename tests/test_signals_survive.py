@@ -68,6 +68,15 @@ def test_layers_called_twice_shared_and_tied():
     )
 
 
+def test_an_activation_shared_by_layers_of_other_widths():
+    act = nn.ReLU()
+    model, x = nn.Sequential(nn.Linear(4, 8), act, nn.Linear(8, 6), act), torch.randn(9, 4)
+    with torch.no_grad(), signals.record(model) as seen:
+        y = model(x)
+    assert by_name(seen)["1"].calls == 2
+    assert by_name(seen)["1"].dead == (y <= 0).all(0).double().mean().item()  # of the last width
+
+
 def test_arguments_by_name():
     class Named(nn.Module):
         def __init__(self):
@@ -460,6 +469,7 @@ def test_other_threads_are_left_alone():
             model(x).sum().backward()
         for thread in threads:
             thread.join()
+        F.relu(x)  # nor is the model running
     assert failed == []
     assert [(layer.name, layer.calls) for layer in seen.layers] == [("0", 20), ("1", 20), ("2", 20)]
 

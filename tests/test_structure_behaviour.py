@@ -116,6 +116,11 @@ class Leaky(nn.Module):
         return torch.maximum(x, 0.3 * x)
 
 
+class Noisy(nn.Module):
+    def forward(self, x):
+        return F.relu(x + torch.randn_like(x) if self.training else x)
+
+
 class Steps(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -155,6 +160,7 @@ KINDS = [
     (HardSwish(), Activation("hardswish")),
     (HardMish(), None),
     (Leaky(), Activation("leaky_relu", 0.3)),
+    (Noisy(), Activation("relu")),
     (OwnFunction(), Activation("relu")),
     (Normalizes(), None),
     (Pairs(), None),
