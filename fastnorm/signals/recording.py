@@ -90,7 +90,7 @@ class Signals:
         self._functions: Functions | None = None
         self._samples = Samples(sample)
         self._output: Tensor | None = None  # the last one, and what is known of it
-        self._known: tuple[int, Tensor] | None = None
+        self._known: tuple[int, Tensor, int] | None = None
         self._event = 0
         self._inputs = First()
         self._depth = 0  # calls of the model that are running
@@ -221,18 +221,15 @@ class Signals:
         picked = watch.forward(output, self._event, self._units_last, self._samples)
         # a convolution's output is the input of the norm after it
         channels = version >= 0 and not (self._units_last and tensor.dim() > 2)
-        self._known = (version, picked) if channels else None
+        self._known = (version, picked, self._samples.turn) if channels else None
 
     def _sample_of(self, input: Any) -> Tensor | None:
-        """The sample of the last output, where `input` is that, and nothing wrote to it.
-
-        It was the last sample taken, so it is still there.
-        """
+        """The sample of the last output, where `input` is that, and nothing wrote to either."""
         output = self._output
         if self._known is None or output is None or input is not output:
             return None
-        version, picked = self._known
-        return picked if output._version == version else None
+        version, picked, turn = self._known
+        return picked if output._version == version and turn == self._samples.turn else None
 
     def _see_gradient(self, watch: Watch, gradient: Tensor) -> None:
         if self._handles:  # a backward pass after the block is not recorded

@@ -59,6 +59,8 @@ class Samples:
 
     def __init__(self, count: int) -> None:
         self.count = count
+        self.turn = 0
+        """Samples that were taken in an earlier turn have been overwritten."""
         self._buffers: dict[torch.device, Tensor] = {}
         self._used: dict[torch.device, int] = {}
         self._scratch: dict[torch.device, Tensor] = {}
@@ -68,8 +70,8 @@ class Samples:
     def take(self, tensor: Tensor, axis: int) -> Tensor:
         """About `count` elements, evenly spread over all axes but `axis`: (values, units).
 
-        They are there until another is taken, at least; `tensor` needs no gradient. In float64,
-        because squares of what a float32 holds overflow in float32; MPS has none.
+        They are there until `turn` changes; `tensor` needs no gradient. In float64, because squares
+        of what a float32 holds overflow in float32; MPS has none.
         """
         if tensor.dim() == 0:
             tensor = tensor.reshape(1)
@@ -116,6 +118,7 @@ class Samples:
         """Do it now."""
         waiting, self._work, self._waiting = self._work, {}, 0
         self._used = dict.fromkeys(self._used, 0)
+        self.turn += 1
         for work, items in waiting.items():
             work(items, self)
 
