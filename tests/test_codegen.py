@@ -231,7 +231,7 @@ except RuntimeError as error:
 
 
 def test_sizes_do_not_recompile():
-    """Batch and image sizes share code, except for the classes of tile and of divisibility."""
+    """Batch and image sizes share code, but for the classes that `sweeps` of each family names."""
     counts = json.loads(run("specialisations.py"))
     for sweep, (kernels, allowed) in counts.items():
         assert kernels <= allowed, (sweep, kernels, allowed)
