@@ -13,21 +13,24 @@ from fastnorm.kernels.device.channels import (
     wide_sizes,
 )
 from fastnorm.kernels.device.groups import (
-    affine_of_run,
     channels_of_groups,
     positions_of_lanes,
-    repeat,
     samples_of_lanes,
     share_of_sample,
-    sum_of_blocks,
     sum_of_group,
     sum_of_samples,
-    sum_within,
-    sums_of_run,
-    tile_of_run,
     wide_channels,
 )
 from fastnorm.kernels.device.rows import columns_of, wide_rows
+from fastnorm.kernels.device.runs import (
+    affine_of_run,
+    repeat,
+    rows_of_runs,
+    sum_of_blocks,
+    sum_within,
+    sums_of_run,
+    tile_of_run,
+)
 from fastnorm.kernels.device.tiles import load_as, load_or, store_cast
 from fastnorm.kernels.launch import GROUP_SIZES
 
@@ -99,19 +102,14 @@ def group_norm_bwd_rows_kernel(
     R, L = wide_rows(N.to(tl.int64) * G, K * S, ALIGN)
     pid = tl.program_id(0)
     p = pid % P
-    lane = tl.arange(0, BLOCK_M)
-    g = pid // P * BLOCK_G + lane % BLOCK_G
+    g = pid // P * BLOCK_G + tl.arange(0, BLOCK_M) % BLOCK_G
     col, inside = columns_of(0, L, BLOCK_N, FULL)
     w, b = affine_of_run(w_ptr, b_ptr, 0, g, g < G, K, S, L, ACC, BLOCK_N, WITHIN)
     dw = tl.zeros((BLOCK_M, BLOCK_N // WITHIN), ACC)
     db = tl.zeros((BLOCK_M, BLOCK_N // WITHIN), ACC)
     first = p * tiles_per_program
     for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=STAGES):
-        n = tl.cast(tile, tl.int64) * (BLOCK_M // BLOCK_G) + lane // BLOCK_G
-        row = n * G + g
-        rmask = (n < N) & (g < G)
-        mask = rmask[:, None] & inside[None, :]
-        at = (row * L)[:, None] + col[None, :]
+        row, rmask, at, mask = rows_of_runs(tile, g, N, G, L, col, inside, BLOCK_M, BLOCK_G)
         mean, rest, rstd = load_stats(stats_ptr, row, rmask, R)
         xhat, dz = load_xhat_dz(
             dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean[:, None], rest[:, None],

@@ -13,11 +13,9 @@ from fastnorm.kernels.device.channels import (
     wide_sizes,
 )
 from fastnorm.kernels.device.groups import (
-    affine_of_run,
     channels_of_groups,
     moments_of_groups,
     positions_of_lanes,
-    repeat,
     samples_of_lanes,
     share_of_sample,
     wide_channels,
@@ -37,6 +35,7 @@ from fastnorm.kernels.device.rows import (
     row_moments,
     wide_rows,
 )
+from fastnorm.kernels.device.runs import affine_of_run, repeat, rows_of_runs
 from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import GROUP_SIZES
 
@@ -99,17 +98,12 @@ def group_norm_fwd_rows_kernel(
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     R, L = wide_rows(N.to(tl.int64) * G, K * S, ALIGN)
     pid = tl.program_id(0)
-    lane = tl.arange(0, BLOCK_M)
-    g = pid // P * BLOCK_G + lane % BLOCK_G
+    g = pid // P * BLOCK_G + tl.arange(0, BLOCK_M) % BLOCK_G
     col, inside = columns_of(0, L, BLOCK_N, FULL)
     w, b = affine_of_run(w_ptr, b_ptr, 0, g, g < G, K, S, L, ACC, BLOCK_N, WITHIN)
     first = pid % P * tiles_per_program
     for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=STAGES):
-        n = tl.cast(tile, tl.int64) * (BLOCK_M // BLOCK_G) + lane // BLOCK_G
-        row = n * G + g
-        rmask = (n < N) & (g < G)
-        mask = rmask[:, None] & inside[None, :]
-        at = (row * L)[:, None] + col[None, :]
+        row, rmask, at, mask = rows_of_runs(tile, g, N, G, L, col, inside, BLOCK_M, BLOCK_G)
         x = load_as(x_ptr, at, mask, ACC)
         mean, rest, std, d = row_moments(x, inside[None, :], L.to(ACC), True)
         rest = finite_or_zero(rest)  # an infinite mean stays infinite, as a running mean shows

@@ -36,11 +36,12 @@ from fastnorm.kernels.row_plans import (
 RUN_FORWARD = ((512, 16, 17), (1024, 32, 11), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_RUN = 4096  # elements, in registers, whose parameters are kept one by one
 RUN_WARPS = 4  # of a longer run
-RUN_BYTES = 98304  # of one that is read twice: those of all resident programs are in the cache
+# Of one that is read twice: those of all resident programs are in the cache; backward, dy's too.
+RUN_BYTES, RUN_BYTES_BACKWARD = 98304, 49152
 
 
 @dataclass(frozen=True)
-class RunPlan:
+class RunGradientPlan:
     """How a program takes a run of K channels of S positions, tile by tile."""
 
     block_c: int
@@ -66,12 +67,18 @@ def _fits(L: int, itemsize: int, within: int, widest: int) -> bool:
     return power_of_two(L) * registers_of(itemsize) <= widest
 
 
-def _beside(G: int, L: int, itemsize: int, block_m: int) -> int:
-    """Runs of a tile that are of one sample.
-
-    No lanes beyond the runs; but where those are few and short, sectors are to be whole.
-    """
-    return min(G & -G if L * itemsize >= SECTOR else power_of_two(G), block_m)
+def _kept(
+    N: int, G: int, L: int, itemsize: int, block_m: int, block_n: int, stages: int,
+    options: dict[str, int], together: int, device: Device,
+) -> RowPlan:  # fmt: skip
+    """The plan for tiles in registers, of so many programs `together` on a multiprocessor."""
+    # no lanes beyond the runs; but where those are few and short, sectors are to be whole
+    beside = min(G & -G if L * itemsize >= SECTOR else power_of_two(G), block_m)
+    wanted = together * device.multiprocessors // cdiv(G, beside)
+    return RowPlan(
+        True, block_m, block_n, stages, options,
+        *shares_of(cdiv(N, block_m // beside), wanted), beside=beside,
+    )  # fmt: skip
 
 
 def _evenly(length: int, block: int) -> int:
@@ -90,12 +97,7 @@ def kept_run_plan(
     block_m, block_n, stages, options, together = row_tile(
         RUN_FORWARD, L, itemsize, align, loaded, device
     )
-    beside = _beside(G, L, itemsize, block_m)
-    wanted = together * device.multiprocessors // cdiv(G, beside)
-    return RowPlan(
-        True, block_m, block_n, stages, options,
-        *shares_of(cdiv(N, block_m // beside), wanted), beside=beside,
-    )  # fmt: skip
+    return _kept(N, G, L, itemsize, block_m, block_n, stages, options, together, device)
 
 
 def run_plan(
@@ -125,28 +127,23 @@ def kept_run_gradient_plan(
     block_m = max(TILE_BYTES // 4 // block_n // wide, 1)
     num_warps = row_warps(block_m * block_n * wide, align < 4 or gated or itemsize > 2)
     together = max(ROW_WARPS // num_warps, 1)
-    beside = _beside(G, L, itemsize, block_m)
-    wanted = together * device.multiprocessors // cdiv(G, beside)
-    return RowPlan(
-        True, block_m, block_n,
-        stages_of(block_m, block_n, loaded, together, device),
-        resident(num_warps, ROW_WARPS, itemsize, device),
-        *shares_of(cdiv(N, block_m // beside), wanted), beside=beside,
-    )  # fmt: skip
+    stages = stages_of(block_m, block_n, loaded, together, device)
+    options = resident(num_warps, ROW_WARPS, itemsize, device)
+    return _kept(N, G, L, itemsize, block_m, block_n, stages, options, together, device)
 
 
 def run_gradient_plan(
     N: int, G: int, K: int, S: int, itemsize: int, align: int, loaded: int, device: Device
-) -> RunPlan | None:
+) -> RunGradientPlan | None:
     """Backward, in tiles; both dy and x are read twice."""
-    if K * S * itemsize > (WHOLE_BYTES if _are_few(N, G, device) else RUN_BYTES // 2):
+    if K * S * itemsize > (WHOLE_BYTES if _are_few(N, G, device) else RUN_BYTES_BACKWARD):
         return None
     many = align == 1 or loaded > 2 * itemsize  # addresses, or numbers, an element
     elements = TILE_BYTES // itemsize // (2 if many else 1)
     block_s = min(power_of_two(S), elements)
     block_c = _evenly(K, min(elements // block_s, power_of_two(K)))
     parts = cdiv(S, block_s)
-    return RunPlan(
+    return RunGradientPlan(
         block_c, block_s,
         stages_of(block_c, block_s, loaded, ROW_WARPS // RUN_WARPS, device),
         resident(RUN_WARPS, ROW_WARPS, itemsize, device),

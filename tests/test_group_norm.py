@@ -151,6 +151,7 @@ SHARED = {
     "WIDEST_ROW": 0,
     "WIDEST_ROW_BACKWARD": 0,
     "RUN_BYTES": 0,
+    "RUN_BYTES_BACKWARD": 0,
     "WHOLE_BYTES": 0,
 }
 CONTIGUOUS = [("in registers", {}, *case) for case in SHORT]

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastnorm.kernels.group_plans import WHOLE_POSITIONS
 from fastnorm.kernels.launch import WHOLE_BYTES
 from fastnorm.kernels.row_plans import WIDEST_ROW, WIDEST_ROW_BACKWARD
-from fastnorm.kernels.run_plans import RUN_BYTES
+from fastnorm.kernels.run_plans import RUN_BYTES, RUN_BYTES_BACKWARD
 
 FORMATS = {
     "contiguous": torch.contiguous_format,
@@ -118,7 +118,7 @@ class Layer:
         if "Batch" in self.kind:
             return size <= WHOLE_BYTES, size <= WHOLE_BYTES
         if self.layout == "contiguous":
-            return size <= RUN_BYTES, size <= RUN_BYTES // 2
+            return size <= RUN_BYTES, size <= RUN_BYTES_BACKWARD
         short = math.prod(self.shape[2:]) < WHOLE_POSITIONS and size <= WHOLE_BYTES
         return short, short
 

@@ -1,15 +1,14 @@
-"""Groups of K neighbouring channels, on the channel axis of a tile (see tiles.py and channels.py).
+"""Groups of K neighbouring channels, innermost in memory, on the channel axis of a tile.
 
-A program that owns whole groups lays BLOCK_N samples × BLOCK_C channels along that axis. A group
-takes BLOCK_K lanes, a power of two ≥ K: lanes that are PADDED where K is none. The tiles of such a
-program are those of one sample; where the others lie is in a lane's position, which tile_offsets
-multiplies by S (rows) or adds (columns).
+A program that owns whole groups lays BLOCK_N samples × BLOCK_C channels along that axis (see
+tiles.py and channels.py). A group takes BLOCK_K lanes, a power of two ≥ K: lanes that are PADDED
+where K is none. The tiles of such a program are those of one sample; where the others lie is in a
+lane's position, which tile_offsets adds. For contiguous groups see runs.py.
 """
 
 import triton
 import triton.language as tl
 
-from fastnorm.kernels.device.channels import load_affine
 from fastnorm.kernels.device.moments import merge_partials, pivot_of, two_sum
 
 
@@ -102,86 +101,3 @@ def moments_of_groups(mean, rest, std, K, BLOCK_K: tl.constexpr):
     _, mean_g, std_g = merge_partials((k < K).to(mean.dtype), mean_k, std_k)
     mean_g, rest_g = two_sum(base, mean_g)
     return on_lanes(mean_g, BLOCK_K), on_lanes(rest_g, BLOCK_K), on_lanes(std_g, BLOCK_K)
-
-
-@triton.jit
-def tile_of_run(
-    tile, first, P, K, S, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, FULL: tl.constexpr
-):
-    """(part, k, inside, at, mask): tile number `tile` of a contiguous group.
-
-    It is part number `part` of the P parts of S of BLOCK_C channels; `first` is the group's first
-    channel, of all samples'. FULL: no tile reaches beyond the group, as the compiler can see.
-    """
-    part = tile % P
-    k = tile // P * BLOCK_C + tl.arange(0, BLOCK_C)
-    s = part * BLOCK_S + tl.arange(0, BLOCK_S)
-    at = s[:, None] + ((first + k) * S)[None, :]
-    inside = tl.full((BLOCK_C,), 1, tl.int1) if FULL else k < K
-    mask = inside[None, :] if FULL else (s < S)[:, None] & inside[None, :]
-    return part, k, inside, at, tl.broadcast_to(mask, (BLOCK_S, BLOCK_C))
-
-
-@triton.jit
-def affine_of_run(
-    w_ptr, b_ptr, start, g, gmask, K, S, L, ACC: tl.constexpr,
-    BLOCK_N: tl.constexpr, WITHIN: tl.constexpr,
-):  # fmt: skip
-    """(w, b) of the elements from `start` of contiguous groups g: (groups, BLOCK_N / WITHIN).
-
-    So many neighbours are of one channel.
-    """
-    at = start + tl.arange(0, BLOCK_N // WITHIN) * WITHIN
-    # in 32 bits, without a sign: a 64-bit division is a function call on a GPU
-    k = (at.to(tl.uint32) // S.to(tl.uint32)).to(tl.int32)
-    c = (g * K)[:, None] + k[None, :]
-    return load_affine(w_ptr, b_ptr, c, gmask[:, None] & (at < L)[None, :], ACC)
-
-
-@triton.jit
-def repeat(t, WITHIN: tl.constexpr):
-    """Each number of (rows, columns) so many times, side by side."""
-    if WITHIN == 1:
-        return t
-    M: tl.constexpr = t.shape[0]
-    N: tl.constexpr = t.shape[1]
-    return tl.reshape(tl.broadcast_to(t[:, :, None], (M, N, WITHIN)), (M, N * WITHIN))
-
-
-@triton.jit
-def sum_within(t, WITHIN: tl.constexpr):
-    """The sums of so many neighbours: what `repeat` repeats."""
-    if WITHIN == 1:
-        return t
-    return tl.sum(tl.reshape(t, (t.shape[0], t.shape[1] // WITHIN, WITHIN)), axis=2)
-
-
-@triton.jit
-def sum_of_blocks(t, BLOCK_G: tl.constexpr):
-    """(BLOCK_G, columns): the sum over the blocks of BLOCK_G rows."""
-    if t.shape[0] == BLOCK_G:
-        return t
-    return tl.sum(tl.reshape(t, (t.shape[0] // BLOCK_G, BLOCK_G, t.shape[1])), axis=0)
-
-
-@triton.jit
-def sums_of_run(t, K, S, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, WITHIN: tl.constexpr):
-    """(groups, BLOCK_K): what is by element of contiguous groups, summed over each channel's S.
-
-    t is (groups, elements / WITHIN) already.
-    """
-    G: tl.constexpr = t.shape[0]
-    if BLOCK_S == 1:
-        return t
-    else:
-        positions = S // WITHIN
-        g = tl.arange(0, G)[:, None, None]
-        k, s = tl.arange(0, BLOCK_K)[None, :, None], tl.arange(0, BLOCK_S)[None, None, :]
-        inside = (k < K) & (s < positions)
-        # along one axis: a gather along one of two goes by shuffles, many
-        at = tl.reshape(
-            g * t.shape[1] + tl.where(inside, k * positions + s, 0), (G * BLOCK_K * BLOCK_S,)
-        )
-        found = tl.gather(tl.reshape(t, (G * t.shape[1],)), at, axis=0)
-        found = tl.reshape(found, (G, BLOCK_K, BLOCK_S))
-        return tl.sum(tl.where(inside, found, 0.0), axis=2)
