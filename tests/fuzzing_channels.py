@@ -45,9 +45,9 @@ def constants(way: str, *eager: tuple[object, Mapping[str, object]]) -> Iterator
 
             for plans in (channel_plans, group_plans):
                 put(plans, {"TILE_BYTES": 512, "WHOLE_BYTES": 1024})
+            put(group_plans, {"GROUP_LANES": 32})
             put(run_plans, {"WHOLE_BYTES": 1024, "TILE_BYTES": 256})
             put(run_plans, {"RUN_BYTES": 2048, "RUN_BYTES_BACKWARD": 1024})
-            put(group_plans, {"GROUP_LANES": 32})
             put(run_plans, {"KEPT_RUN": 32, "WIDEST_ROW": 128, "WIDEST_ROW_BACKWARD": 64})
             put(batch_norm, {"MERGE_PARTIALS": 4})
             put(group_norm, {"GROUP_MERGE_PARTIALS": 4, "MERGE_PARTIALS": 4})

@@ -145,15 +145,9 @@ def test_matches_float64(backend, shape, num_groups, dtype):
 
 SHORT = [((9, 12), 3), ((5, 12, 2), 6), ((3, 70, 3), 35), ((300, 24), 3), ((4, 33, 7), 3)]
 """Few groups, short ones, more than a tile has, a tile of several samples, odd, many tiles."""
-IN_TILES = {"KEPT_RUN": 0, "WIDEST_ROW": 0, "WIDEST_ROW_BACKWARD": 0, "TILE_BYTES": 256}
-SHARED = {
-    "KEPT_RUN": 0,
-    "WIDEST_ROW": 0,
-    "WIDEST_ROW_BACKWARD": 0,
-    "RUN_BYTES": 0,
-    "RUN_BYTES_BACKWARD": 0,
-    "WHOLE_BYTES": 0,
-}
+NONE_KEPT = dict.fromkeys(("KEPT_RUN", "WIDEST_ROW", "WIDEST_ROW_BACKWARD"), 0)
+IN_TILES = NONE_KEPT | {"TILE_BYTES": 256}
+SHARED = NONE_KEPT | dict.fromkeys(("RUN_BYTES", "RUN_BYTES_BACKWARD", "WHOLE_BYTES"), 0)
 CONTIGUOUS = [("in registers", {}, *case) for case in SHORT]
 for case in (((2, 12, 2), 6), ((3, 33, 7), 3), ((2, 6, 8, 8), 2)):  # one vector, odd, full tiles
     CONTIGUOUS += [("in tiles", IN_TILES, *case), ("shared", SHARED, *case)]
