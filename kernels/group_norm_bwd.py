@@ -23,7 +23,7 @@ from fastnorm.kernels.device.groups import (
 )
 from fastnorm.kernels.device.rows import columns_of, wide_rows
 from fastnorm.kernels.device.runs import (
-    affine_of_run,
+    affine_of_rows,
     repeat,
     rows_of_runs,
     sum_of_blocks,
@@ -104,7 +104,9 @@ def group_norm_bwd_rows_kernel(
     p = pid % P
     g = pid // P * BLOCK_G + tl.arange(0, BLOCK_M) % BLOCK_G
     col, inside = columns_of(0, L, BLOCK_N, FULL)
-    w, b = affine_of_run(w_ptr, b_ptr, 0, g, g < G, K, S, L, ACC, BLOCK_N, WITHIN)
+    w, b = affine_of_rows(
+        w_ptr, b_ptr, pid // P * BLOCK_G, G, K, S, ACC, BLOCK_M, BLOCK_G, BLOCK_N, BLOCK_K, WITHIN
+    )
     dw = tl.zeros((BLOCK_M, BLOCK_N // WITHIN), ACC)
     db = tl.zeros((BLOCK_M, BLOCK_N // WITHIN), ACC)
     first = p * tiles_per_program

@@ -35,7 +35,7 @@ from fastnorm.kernels.device.rows import (
     row_moments,
     wide_rows,
 )
-from fastnorm.kernels.device.runs import affine_of_run, repeat, rows_of_runs
+from fastnorm.kernels.device.runs import affine_of_rows, affine_of_run, repeat, rows_of_runs
 from fastnorm.kernels.device.tiles import load_as, store_cast
 from fastnorm.kernels.launch import GROUP_SIZES
 
@@ -93,14 +93,17 @@ def group_norm_fwd_rows_kernel(
     eps: tl.float64,
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT: tl.constexpr, FULL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_N: tl.constexpr, ALIGN: tl.constexpr, WITHIN: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    ALIGN: tl.constexpr, WITHIN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     R, L = wide_rows(N.to(tl.int64) * G, K * S, ALIGN)
     pid = tl.program_id(0)
     g = pid // P * BLOCK_G + tl.arange(0, BLOCK_M) % BLOCK_G
     col, inside = columns_of(0, L, BLOCK_N, FULL)
-    w, b = affine_of_run(w_ptr, b_ptr, 0, g, g < G, K, S, L, ACC, BLOCK_N, WITHIN)
+    w, b = affine_of_rows(
+        w_ptr, b_ptr, pid // P * BLOCK_G, G, K, S, ACC, BLOCK_M, BLOCK_G, BLOCK_N, BLOCK_K, WITHIN
+    )
     first = pid % P * tiles_per_program
     for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=STAGES):
         row, rmask, at, mask = rows_of_runs(tile, g, N, G, L, col, inside, BLOCK_M, BLOCK_G)

@@ -95,6 +95,7 @@ def whole_forward(
     constants = {"ALIGN": align, "WITHIN": within}
     rows = kept_run_plan(N, num_groups, L, itemsize, align, within, loaded, device)
     if rows is not None:
+        constants["BLOCK_K"] = power_of_two(C // num_groups)
         return _rows(rows, group_norm_fwd_rows_kernel, num_groups, L, constants)
     run = run_plan(N, num_groups, L, itemsize, align, loaded, device)
     if run is None:

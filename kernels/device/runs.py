@@ -39,6 +39,13 @@ def rows_of_runs(tile, g, N, G, L, col, inside, BLOCK_M: tl.constexpr, BLOCK_G: 
 
 
 @triton.jit
+def channels_at(at, S):
+    """The channel of each element of a group."""
+    # in 32 bits, without a sign: a 64-bit division is a function call on a GPU
+    return (at.to(tl.uint32) // S.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
 def affine_of_run(
     w_ptr, b_ptr, start, g, gmask, K, S, L, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, WITHIN: tl.constexpr,
@@ -48,10 +55,44 @@ def affine_of_run(
     So many neighbours are of one channel.
     """
     at = start + tl.arange(0, BLOCK_N // WITHIN) * WITHIN
-    # in 32 bits, without a sign: a 64-bit division is a function call on a GPU
-    k = (at.to(tl.uint32) // S.to(tl.uint32)).to(tl.int32)
-    c = (g * K)[:, None] + k[None, :]
+    c = (g * K)[:, None] + channels_at(at, S)[None, :]
     return load_affine(w_ptr, b_ptr, c, gmask[:, None] & (at < L)[None, :], ACC)
+
+
+@triton.jit
+def affine_of_rows(
+    w_ptr, b_ptr, first, G, K, S, ACC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_G: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WITHIN: tl.constexpr,
+):  # fmt: skip
+    """The same of BLOCK_M rows that are whole groups, BLOCK_G of each sample from the first."""
+    g, k = first + tl.arange(0, BLOCK_G), tl.arange(0, BLOCK_K)
+    c, cmask = (g * K)[:, None] + k[None, :], (g < G)[:, None] & (k < K)[None, :]
+    w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
+    return (
+        elements_of_channels(w, S, BLOCK_M, BLOCK_N, WITHIN),
+        elements_of_channels(b, S, BLOCK_M, BLOCK_N, WITHIN),
+    )
+
+
+@triton.jit
+def elements_of_channels(
+    t, S, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, WITHIN: tl.constexpr
+):  # fmt: skip
+    """(BLOCK_M, BLOCK_N / WITHIN): t, which is (groups, channels), at each element of the rows.
+
+    Were each element loaded where it is wanted, the loads would say how threads lie, and Triton 3.6
+    computes twice what is multiplied by them.
+    """
+    G: tl.constexpr = t.shape[0]
+    K: tl.constexpr = t.shape[1]
+    N: tl.constexpr = BLOCK_N // WITHIN
+    if N == K:
+        return tl.reshape(tl.broadcast_to(t[None], (BLOCK_M // G, G, N)), (BLOCK_M, N))
+    else:  # along one axis: a gather along one of two goes by shuffles, many
+        k = tl.minimum(channels_at(tl.arange(0, N) * WITHIN, S), K - 1)
+        at = (tl.arange(0, BLOCK_M) % G * K)[:, None] + k[None, :]
+        found = tl.gather(tl.reshape(t, (G * K,)), tl.reshape(at, (BLOCK_M * N,)), axis=0)
+        return tl.reshape(found, (BLOCK_M, N))
 
 
 @triton.jit
