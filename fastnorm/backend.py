@@ -1,7 +1,9 @@
 """The only place that asks which implementation serves a tensor."""
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, cast
 
@@ -22,11 +24,23 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_DEFAULT = _checked(os.environ.get("FASTNORM_BACKEND", "auto"), "FASTNORM_BACKEND")
+DEFAULT = os.environ.get("FASTNORM_BACKEND", "auto")
+
+
+def _is_command() -> bool:
+    """Whether this process is the `fastnorm` command, which says in one line what is wrong.
+
+    Python has no name for a module yet while it looks for the one of `python -m`.
+    """
+    return sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "fastnorm"
+
+
+if not _is_command():
+    _checked(DEFAULT, "FASTNORM_BACKEND")
 _thread = environment.thread
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _interpreter = torch._C._functorch.peek_interpreter_stack
-environment.Thread.default = _thread.name = _DEFAULT
+environment.Thread.default = _thread.name = DEFAULT
 
 
 class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
