@@ -18,7 +18,7 @@ from fastnorm.eager import batch_norm_cpu, native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.batch_norm import ROUNDED, rounds_between
 from fastnorm.eager.group_norm import channels_are_last
-from fastnorm.eager.group_norm_cpu import GroupNormFunction
+from fastnorm.eager.group_norm_cpu import GroupNormFunction, of_torch
 from fastnorm.eager.native import STEPS
 from fastnorm.eager.rms_norm import SMALL
 
@@ -120,6 +120,8 @@ def group_norm(
         z = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, None, "identity", num_groups, eps
         )
+    elif num_groups == input.size(1) and not native.observed(input):
+        z = of_torch(input, num_groups, weight, bias, eps)[0]
     else:
         z = torch.group_norm(input, num_groups, weight, bias, eps, False)
     return z if activation == "identity" else ACTIVATIONS[activation](z)

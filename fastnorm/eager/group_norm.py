@@ -17,7 +17,7 @@ from torch import Tensor
 from fastnorm.eager import formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.batch_norm import rounds_between
-from fastnorm.eager.group_norm_cpu import GroupNormFunction, normalize
+from fastnorm.eager.group_norm_cpu import GroupNormFunction, normalize, of_torch
 from fastnorm.eager.native import STEPS
 
 
@@ -44,7 +44,7 @@ def group_norm(
     inner = activation if activation in STEPS else "identity"
     own = native.is_huge(input) or not input.is_contiguous()
     if not own:
-        z = torch.group_norm(input, num_groups, weight, bias, eps, False)
+        z = of_torch(input, num_groups, weight, bias, eps)[0]
         z = native.finish(z, residual, inner)
     elif torch.is_grad_enabled():
         z = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
