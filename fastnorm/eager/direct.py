@@ -98,6 +98,8 @@ def group_norm(
         or size < 2 * num_groups  # one value a group
         or (size >= SHORT and (activation in STEPS or native.is_huge(input)))
         or (bias is not None and (weight is None or bias.dtype is not given))
+        or (weight is not None and not weight.is_contiguous())
+        or (bias is not None and not bias.is_contiguous())
     ):
         return None
     own = not (input.is_contiguous() or native.needs_no_gradient(weight, bias))
