@@ -129,6 +129,7 @@ def _ways(owner: nn.Module) -> list[_Way]:
         foldable = (
             kind.forward in (one.forward for one in layers.FUSED)
             and type(layer) in FOLDABLE
+            and isinstance(norm, layers.BATCH_NORMS)
             and norm.running_mean is not None
             and not any(map(is_hooked, (owner, layer, norm)))
         )
