@@ -301,6 +301,20 @@ def test_backend_for_each_kind_of_tensor(name):
             assert backend_for(torch.ones(2, 3).to(dtype)) == "eager"
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_what_is_not_strided_is_served_by_eager():
+    rows = [torch.randn(3, 4), torch.randn(2, 4)]
+    nested = torch.nested.nested_tensor(rows, device=DEVICE)
+    dense = torch.randn(3, 4, device=DEVICE)
+    norm = fastnorm.LayerNorm(4).to(DEVICE)
+    with use_backend("triton"):
+        for tensor in (nested, dense.to_sparse(), dense.to_sparse_csr()):
+            assert backend_for(tensor) == "eager"
+        for got, want in zip(norm(nested).unbind(), map(norm, nested.unbind()), strict=True):
+            torch.testing.assert_close(got, want)
+
+
 def test_triton_by_name_where_no_kernel_runs():
     with use_backend("triton"):
         assert backend_for(torch.ones(0, 3, device="meta")) == "eager"
