@@ -1,7 +1,9 @@
 """The only place that asks which implementation serves a tensor."""
 
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType, TracebackType
 from typing import Any, cast
 
@@ -22,11 +24,23 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_DEFAULT = _checked(os.environ.get("FASTNORM_BACKEND", "auto"), "FASTNORM_BACKEND")
+DEFAULT = os.environ.get("FASTNORM_BACKEND", "auto")
+
+
+def _is_command() -> bool:
+    """Whether this process is the `fastnorm` command, which says in one line what is wrong.
+
+    Python has no name for a module yet while it looks for the one of `python -m`.
+    """
+    return sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "fastnorm"
+
+
+if not _is_command():
+    _checked(DEFAULT, "FASTNORM_BACKEND")
 _thread = environment.thread
 _is_dynamo_compiling = torch.compiler.is_dynamo_compiling
 _interpreter = torch._C._functorch.peek_interpreter_stack
-environment.Thread.default = _thread.name = _DEFAULT
+environment.Thread.default = _thread.name = DEFAULT
 
 
 class use_backend:  # noqa: N801  a context manager, named like torch.no_grad
@@ -80,9 +94,9 @@ def backend_for(tensor: Tensor) -> str:
     """The backend, `"triton"` or `"eager"`, that an operation on `tensor` takes now.
 
     `auto` is Triton for CUDA and HIP tensors of float16, bfloat16, float32 or float64 where Triton
-    imports, else eager. Empty tensors, tensors that wrap others (DTensor), and tensors inside
-    `torch.func` transforms, forward-mode differentiation or `torch.jit.trace` are always served by
-    eager.
+    imports, else eager. Empty tensors, nested and sparse ones, tensors that wrap others (DTensor),
+    and tensors inside `torch.func` transforms, forward-mode differentiation or `torch.jit.trace`
+    are always served by eager.
 
     Raises:
         RuntimeError: Triton was asked for by name and cannot run on the tensor's device.
@@ -95,6 +109,8 @@ def backend_for(tensor: Tensor) -> str:
     if name == "eager" or (name == "auto" and not tensor.is_cuda):
         return "eager"
     if tensor.dtype not in TRITON_DTYPES or tensor.numel() == 0:
+        return "eager"
+    if tensor.layout is not torch.strided or tensor.is_nested:
         return "eager"
     # kernels see raw memory: a DTensor has none itself, and what vmap has is not the caller's
     if native.transformed() or hasattr(tensor, "__tensor_flatten__"):
@@ -129,13 +145,13 @@ def at_once(
     torch's operators check theirs themselves, before they change anything, and a short call is over
     before we have looked at its arguments once more. None where more than one operator is needed,
     or a transform watches, or an argument is wrong: how is for `checks` to say. Other errors, such
-    as the one by which a checkpoint ends its second forward, are not ours.
+    as the one by which a checkpoint ends its second forward, are not ours. A nested tensor has no
+    shape that could be looked at: it is torch's wherever it is.
     """
     if (
         _is_dynamo_compiling()
         or type(input) is not Tensor
-        or not input.is_cpu
-        or _thread.name == "triton"
+        or not (input.is_nested or (input.is_cpu and _thread.name != "triton"))
         or _interpreter() is not None  # these are `native.transformed`
         or forward_ad._current_level >= 0
     ):

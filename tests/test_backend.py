@@ -18,7 +18,7 @@ from torch import Tensor
 
 import fastnorm
 import fastnorm.functional as FF
-from fastnorm import backend_for, use_backend
+from fastnorm import backend_for, cli, use_backend
 
 ROOT = Path(__file__).parents[1]
 HAS_GPU = torch.cuda.is_available()
@@ -121,6 +121,31 @@ def test_environment_nonsense(value):
     assert repr(value) in last
     for known in ("auto", "triton", "eager"):
         assert known in last
+
+
+ONE_LINE = (
+    "fastnorm {}: variable FASTNORM_BACKEND: invalid value 'nonsense' "
+    "(allowed: auto, triton, eager)\n"
+)
+
+
+@pytest.mark.parametrize("way", ["module", "script"])
+def test_environment_nonsense_ends_the_command_with_one_line(way, tmp_path):
+    script = tmp_path / "fastnorm"  # what an installation puts on the path
+    script.write_text("import sys\nfrom fastnorm.cli import main\nsys.exit(main())\n")
+    start = {"module": ["-m", "fastnorm"], "script": [str(script)]}[way]
+    environment = {"FASTNORM_BACKEND": "nonsense", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *start, "doctor"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == ONE_LINE.format("doctor")
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_environment_nonsense_ends_every_command(command, monkeypatch, capsys):
+    monkeypatch.setattr(cli, "DEFAULT", "nonsense")
+    assert cli.main([command]) == 2
+    assert tuple(capsys.readouterr()) == ("", ONE_LINE.format(command))
 
 
 # ---- the context manager -------------------------------------------------------------------------
@@ -274,6 +299,20 @@ def test_backend_for_each_kind_of_tensor(name):
             assert backend_for(torch.ones(0, 3).to(dtype)) == "eager"
         for dtype in others:
             assert backend_for(torch.ones(2, 3).to(dtype)) == "eager"
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta state")
+def test_what_is_not_strided_is_served_by_eager():
+    rows = [torch.randn(3, 4), torch.randn(2, 4)]
+    nested = torch.nested.nested_tensor(rows, device=DEVICE)
+    dense = torch.randn(3, 4, device=DEVICE)
+    norm = fastnorm.LayerNorm(4).to(DEVICE)
+    with use_backend("triton"):
+        for tensor in (nested, dense.to_sparse(), dense.to_sparse_csr()):
+            assert backend_for(tensor) == "eager"
+        for got, want in zip(norm(nested).unbind(), map(norm, nested.unbind()), strict=True):
+            torch.testing.assert_close(got, want)
 
 
 def test_triton_by_name_where_no_kernel_runs():

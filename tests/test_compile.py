@@ -331,6 +331,22 @@ def test_symbolic_trace(backend, case):
     torch.testing.assert_close(traced(x, vectors), block(x, vectors), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("whole", "shape"),
+    [(fastnorm.LinearBatchNorm(4, 3), (6, 4)), (fastnorm.Conv2dBatchNorm(4, 3, 1), (2, 4, 5, 5))],
+    ids=["linear", "conv"],
+)
+def test_symbolic_trace_of_a_layer_with_its_norm_alone(backend, whole, shape):
+    """It is the root, and its parts are nodes, as those of a Sequential are."""
+    x = torch.randn(shape, device=backend)
+    whole = whole.to(backend).eval()
+    traced = torch.fx.symbolic_trace(whole)
+    calls = [node.target for node in traced.graph.nodes if node.op == "call_module"]
+    assert calls[-1] == "norm"
+    assert len(calls) == 2
+    torch.testing.assert_close(traced(x), whole(x))
+
+
 # ---- what else a compiled module meets -----------------------------------------------------------
 class Doubled(torch.nn.Module):
     def forward(self, weight: Tensor) -> Tensor:

@@ -196,6 +196,34 @@ def test_strided_inputs_keep_one_copy():
     assert dx.shape == x.shape
 
 
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "no gradient"])
+@pytest.mark.parametrize("layout", ["every second", "expanded"])
+@pytest.mark.parametrize("num_groups", [2, 6])
+def test_strided_parameters(way, num_groups, layout, gradient):
+    """torch's operators behind its functions take them for dense ones."""
+    wide = torch.randn(2, 6, 2)
+    views = wide[..., 0] if layout == "every second" else wide[:, :1, 0].expand(2, 6)
+    dy = torch.randn(3, 6, 4, 5)
+    for memory_format in memory_formats(4):
+        x = torch.randn(3, 6, 4, 5).contiguous(memory_format=memory_format)
+        for call in (
+            lambda x, weight, bias: FF.group_norm(x, num_groups, weight, bias),
+            lambda x, weight, bias: FF.instance_norm(x, None, None, weight, bias),
+        ):
+            got, want = (
+                _with_gradients(call, x, weight, bias, dy if gradient else None)
+                for weight, bias in (views, views.contiguous())
+            )
+            torch.testing.assert_close(got, want)
+
+
+def _with_gradients(call, x, weight, bias, dy):
+    """Output, and dx, dγ and dβ where there is a dy; parameters keep their strides."""
+    leaves = [t.detach().requires_grad_(dy is not None) for t in (x, weight, bias)]
+    y = call(*leaves)
+    return (y,) if dy is None else (y, *torch.autograd.grad(y, leaves, dy))
+
+
 def test_16_bit_parameters_without_a_backward(monkeypatch):
     """Nothing is cast for the output alone, and it is as precise."""
     case = problem((4, 6, 5, 7), 3, "cpu", torch.bfloat16, parameters=torch.bfloat16)

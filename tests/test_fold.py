@@ -82,6 +82,17 @@ def test_linear_on_three_axes_is_refused_when_it_comes():
         folded(x)
 
 
+def test_linear_before_a_norm_of_another_axis_stays():
+    """Over (N, C, L) a Linear computes the last axis, and BatchNorm1d normalizes the other one."""
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(4), nn.ReLU())
+    x = torch.randn(6, 4, 3)
+    model(x)
+    model.eval()
+    folded = fastnorm.fold(model)
+    assert type(folded[1]) is nn.BatchNorm1d
+    assert torch.equal(folded(x), model(x))
+
+
 class Shared(nn.Module):
     """Two norms after one layer, a norm after two layers, an output that is used twice."""
 

@@ -6,10 +6,13 @@ from typing import Any
 import pytest
 import reference
 import torch
+import torch.nn.functional as F
 from cases import FLOATS, assert_close, compute_dtype, each_dtype, memory_formats
 from torch import Tensor
 
+import fastnorm
 import fastnorm.functional as FF
+from fastnorm.eager import direct, native
 from fastnorm.eager.activations import ACTIVATIONS
 
 
@@ -248,3 +251,45 @@ def test_gradient_of_large_samples_is_laid_out_as_they_are():
     for dy in (torch.randn_like(y), torch.randn(y.shape)):
         (dx,) = torch.autograd.grad(y, x, dy, retain_graph=True)
         assert dx.stride() == y.stride() == x.stride()
+
+
+EXTREMES = {
+    "large": (1e20, 0.0, 1e-5),
+    "constant": (0.0, 1e20, 1e-5),
+    "small": (1e-20, 0.0, 0.0),  # the cube of rstd is no float32 number either
+}
+
+
+@pytest.mark.parametrize("gradient", [True, False], ids=["gradient", "no gradient"])
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [
+        (name, way)
+        for name in EXTREMES
+        for way in ("direct", "general", "huge")
+        if (name, way) != ("small", "huge")  # whose own gradient has the square of rstd
+    ],
+)
+def test_planes_whose_squares_are_no_numbers_are_finite_where_torchs_are(
+    monkeypatch, name, way, gradient
+):
+    spread, mean, eps = EXTREMES[name]
+    monkeypatch.setattr(native, "is_huge", lambda input: way == "huge")
+    monkeypatch.setattr(direct, "SHORT", 1 << 17 if way == "direct" else 0)
+    activation = "identity" if way == "direct" else "relu"
+    x = (torch.randn(2, 3, 20, 30, dtype=torch.float64) * spread + mean).float()
+    x[1, 1] = torch.randn(20, 30)  # one that is like others
+    weight, bias, dy = torch.rand(3) + 0.5, torch.randn(3), torch.randn_like(x)
+    leaves = [t.requires_grad_(gradient) for t in (x, weight, bias)]
+    with fastnorm.use_backend("eager"):
+        y = FF.instance_norm(x, None, None, weight, bias, eps=eps, activation=activation)
+    want = F.instance_norm(x, None, None, weight, bias, eps=eps)
+    want = want if activation == "identity" else want.relu()
+    results = [(y, want)]
+    if gradient:
+        results += zip(*(torch.autograd.grad(t, leaves, dy) for t in (y, want)), strict=True)
+    for got, torchs in results:
+        assert torchs.isfinite().all()
+        assert got.isfinite().all()
+    for got, torchs in results[:2]:  # y and dx: torch's of the others are no more than finite
+        assert_close(got[1, 1], torchs[1, 1], terms=600)

@@ -1,6 +1,7 @@
 """LayerNorm's and RMSNorm's outputs and gradients, with and without a sum, against float64."""
 
 import itertools
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 import fastnorm
 import fastnorm.functional as FF
+from fastnorm.eager import direct
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.kernels import devices, row_plans
 from fastnorm.kernels.launch import divisor_class
@@ -363,6 +365,20 @@ def test_any_strides(backend, kind, name):
     leaves = case.leaves() | {"x": x.detach().requires_grad_()}  # clone() would drop the strides
     for leaf, value in case.run(case.call, leaves).items():
         assert_close(value, want[leaf], 100, leaf)
+
+
+@pytest.mark.parametrize("small", [True, False], ids=["small", "large"])
+@pytest.mark.parametrize("shape", [(2, 3, 4, 5), (2, 3, 2, 4, 5)], ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_memory_format_of_the_output_is_torchs(backend, monkeypatch, name, shape, small):
+    """torch's RMS norm keeps channels_last; its layer norm gives rows."""
+    for module in (direct, sys.modules["fastnorm.eager.rms_norm"]):
+        monkeypatch.setattr(module, "SMALL", 1 << 17 if small else 0)
+    last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+    dense = torch.randn(shape, device=backend).contiguous(memory_format=last)
+    for x in (dense, dense[:, :, ::2], dense.contiguous()):
+        y = getattr(FF, name)(x, shape[-1:], activation="silu")
+        assert y.stride() == getattr(torch.nn.functional, name)(x, shape[-1:]).stride()
 
 
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])

@@ -850,6 +850,22 @@ def test_a_norm_with_a_forward_of_its_own(backend):
     assert_close(module(x), want)
 
 
+@pytest.mark.parametrize("kind", COMPOUND)
+def test_a_norm_of_another_class_is_called(backend, kind):
+    part, x = COMPOUND[kind], PAIRS[kind].batch(backend, torch.float64)
+    module, _ = PAIRS[kind].both(backend, torch.float64)
+    module = nn.SyncBatchNorm.convert_sync_batchnorm(module).eval()
+    assert type(module.norm) is nn.SyncBatchNorm
+    for norm in (module.norm, nn.Identity()):
+        module.norm = norm
+        want = norm(module.get_submodule(part)(x))
+        close(module(x), want)
+        close(fastnorm.fold(module)(x), want)
+        with fastnorm.signals.record(module) as signals:
+            close(module(x), want)
+        assert signals.findings() == []
+
+
 def test_shared_norm_called_twice_before_its_backward(backend):
     """As in a siamese network: both calls move the buffers, both backwards work."""
     results = []

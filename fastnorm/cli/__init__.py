@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from fastnorm.backend import BACKENDS, DEFAULT
 from fastnorm.cli.arguments import UsageError
 
 
@@ -76,6 +77,11 @@ def _dispatch(arguments: Sequence[str]) -> int:
         return 0
     if name not in COMMANDS:
         raise UsageError(f"argument COMMAND: invalid value {name!r} (allowed: {names})")
+    if DEFAULT not in BACKENDS:
+        allowed = ", ".join(BACKENDS)
+        raise UsageError(
+            f"variable FASTNORM_BACKEND: invalid value {DEFAULT!r} (allowed: {allowed})"
+        )
     if any(importlib.util.find_spec(package) is None for package in COMMANDS[name].needs):
         raise UsageError('packages are missing, install them by: pip install "fastnorm[cli]"')
     command = importlib.import_module(f"fastnorm.cli.{name}")

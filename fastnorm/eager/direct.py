@@ -18,7 +18,7 @@ from fastnorm.eager import batch_norm_cpu, native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.batch_norm import ROUNDED, rounds_between
 from fastnorm.eager.group_norm import channels_are_last
-from fastnorm.eager.group_norm_cpu import GroupNormFunction
+from fastnorm.eager.group_norm_cpu import GroupNormFunction, of_torch
 from fastnorm.eager.native import STEPS
 from fastnorm.eager.rms_norm import SMALL
 
@@ -98,6 +98,8 @@ def group_norm(
         or size < 2 * num_groups  # one value a group
         or (size >= SHORT and (activation in STEPS or native.is_huge(input)))
         or (bias is not None and (weight is None or bias.dtype is not given))
+        or (weight is not None and not weight.is_contiguous())
+        or (bias is not None and not bias.is_contiguous())
     ):
         return None
     own = not (input.is_contiguous() or native.needs_no_gradient(weight, bias))
@@ -120,6 +122,8 @@ def group_norm(
         z = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, None, "identity", num_groups, eps
         )
+    elif num_groups == input.size(1) and not native.observed(input):
+        z = of_torch(input, num_groups, weight, bias, eps)[0]
     else:
         z = torch.group_norm(input, num_groups, weight, bias, eps, False)
     return z if activation == "identity" else ACTIVATIONS[activation](z)

@@ -17,7 +17,7 @@ from torch import Tensor
 from fastnorm.eager import formulas, native
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.batch_norm import rounds_between
-from fastnorm.eager.group_norm_cpu import GroupNormFunction, normalize
+from fastnorm.eager.group_norm_cpu import GroupNormFunction, normalize, of_torch
 from fastnorm.eager.native import STEPS
 
 
@@ -44,7 +44,7 @@ def group_norm(
     inner = activation if activation in STEPS else "identity"
     own = native.is_huge(input) or not input.is_contiguous()
     if not own:
-        z = torch.group_norm(input, num_groups, weight, bias, eps, False)
+        z = of_torch(input, num_groups, weight, bias, eps)[0]
         z = native.finish(z, residual, inner)
     elif torch.is_grad_enabled():
         z = GroupNormFunction.apply(  # type: ignore[no-untyped-call]
@@ -62,7 +62,11 @@ def prepared(
     residual: Tensor | None,
     activation: str,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Input, weight and bias, cast such that torch computes in float32 at least."""
+    """Input, weight and bias, cast such that torch computes in float32 at least.
+
+    Weight and bias are dense: where its function has not seen to that, torch's operator reads
+    others as if they were.
+    """
     dtype = native.WIDER.get(input.dtype, input.dtype)
     if dtype is not input.dtype and (
         not input.is_cpu or rounds_between(input, residual, activation)
@@ -72,10 +76,7 @@ def prepared(
         # For torch's sake: a bias alone breaks its backward, and a 16-bit input without a float32
         # parameter would get statistics in 16 bits.
         weight = torch.ones(input.shape[1], dtype=dtype, device=input.device)
-    if weight is not None and weight.dtype is not dtype:
-        weight = weight.to(dtype)
-    if bias is not None and bias.dtype is not dtype:
-        bias = bias.to(dtype)
+    weight, bias = (None if t is None else t.to(dtype).contiguous() for t in (weight, bias))
     return input, weight, bias
 
 

@@ -38,6 +38,8 @@ LARGE = 1 << 19
 """The same for 16 bits, which are converted to float32, where a group has FEW channels or more."""
 FEW = 8
 """Channels of a group from which on torch's channels_last backward is fast in float32."""
+LARGEST_RSTD = 1e12
+"""And 1/LARGEST_RSTD is the least: their cubes are float32 numbers."""
 ROWS = 1 << 16
 """Elements that are converted to float32 at a time: they stay in a core's cache."""
 
@@ -53,8 +55,29 @@ def normalize(
         found = _from_channels(input, num_groups, weight, bias, eps)
         if found is not None:
             return found
-    y, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, S, num_groups, eps)
-    return y, mean, rstd
+    return of_torch(input, num_groups, weight, bias, eps)
+
+
+def of_torch(
+    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, differentiable, by torch's operator.
+
+    It squares in float32, and its gradient has the cube of rstd. Planes that are too large for
+    that, or too much alike, are the channels of torch's batch norm, which sums in double.
+    """
+    N, C = input.shape[:2]
+    S = input.numel() // (N * C)
+    found = torch.native_group_norm(input, weight, bias, N, C, S, num_groups, eps)
+    if num_groups == C and input.is_contiguous():
+        low, high = (t.item() for t in torch.aminmax(found[2]))
+        if not 1 / LARGEST_RSTD < low <= high < LARGEST_RSTD:
+            planes = input.view(1, N * C, S)
+            weight, bias = (None if t is None else t.repeat(N) for t in (weight, bias))
+            found = torch.native_batch_norm(planes, weight, bias, None, None, True, 0.0, eps)
+    y, *statistics = found
+    mean, rstd = (t.view(N, num_groups) for t in statistics)
+    return y.view_as(input), mean, rstd
 
 
 def _from_channels(

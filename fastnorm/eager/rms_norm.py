@@ -60,6 +60,7 @@ def rms_norm(
         z = RMSNormFunction.apply(input, weight, shape, eps)  # type: ignore[no-untyped-call]
     else:
         z = _normalize(input, weight, shape, eps)[0]
+    z = z.contiguous(memory_format=native.kept_format(input))
     return z if activation == "identity" else ACTIVATIONS[activation](z)
 
 

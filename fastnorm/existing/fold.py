@@ -129,6 +129,7 @@ def _ways(owner: nn.Module) -> list[_Way]:
         foldable = (
             kind.forward in (one.forward for one in layers.FUSED)
             and type(layer) in FOLDABLE
+            and isinstance(norm, layers.BATCH_NORMS)
             and norm.running_mean is not None
             and not any(map(is_hooked, (owner, layer, norm)))
         )
@@ -191,6 +192,7 @@ def _way(owner: nn.Module, graph: fx.Graph) -> _Way:
         return (
             type(one) in FOLDABLE
             and getattr(norm, "running_mean", None) is not None
+            and _outputs(one) == norm.num_features  # a Linear's need not be a norm's channels
             and all(called[name] == 1 and name not in asked for name in names)
             and not any(is_hooked(module) for module in (one, norm))
         )
@@ -236,6 +238,11 @@ def _fold(layer: nn.Module, norm: nn.Module) -> None:
 def _axes(layer: nn.Module) -> int:
     """Of an input that BatchNorm after `layer` normalizes in the axis that the layer computes."""
     return 2 if isinstance(layer, nn.Linear) else _weight(layer).ndim
+
+
+def _outputs(layer: Any) -> int:
+    outputs: int = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return outputs
 
 
 def _weight(layer: nn.Module) -> Tensor:

@@ -14,7 +14,7 @@ from fastnorm.modules.attributes import (
     operands,
     parameter,
 )
-from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.modules.scripted import is_scripting
 from fastnorm.modules.sync_batch_norm import SyncBatchNorm
 
@@ -22,16 +22,21 @@ FORWARDS = (BatchNorm1d.forward, SyncBatchNorm.forward)
 """Of the norms whose part in the whole is known."""
 
 
-def are_apart(layer: torch.nn.Module, norm: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
+def are_apart(
+    layer: torch.nn.Module, norm: torch.nn.Module, kind: type[torch.nn.Module], input: Tensor
+) -> bool:
     """Whether a layer and its norm are to be called: one has hooks, or a forward of its own.
 
-    By hooks torch.nn.utils.prune computes a weight anew, and an adapter is a layer of its own.
+    By hooks torch.nn.utils.prune computes a weight anew; an adapter is a layer of its own, and
+    torch's convert_sync_batchnorm, or whoever freezes batch norms, puts another norm in. And to
+    torch.fx, of a whole that is all it traces, they are nodes.
     """
     return (
         type(layer).forward is not kind.forward
-        or (isinstance(norm, _BatchNorm) and type(norm).forward not in FORWARDS)
+        or type(norm).forward not in FORWARDS
         or is_hooked(layer)
         or is_hooked(norm)
+        or isinstance(input, torch.fx.Proxy)
     )
 
 
@@ -77,7 +82,7 @@ class LinearBatchNorm(torch.nn.Module):
             y = self.as_written(input)
         elif is_symbolic(self, input):
             y = as_node(self, input)
-        elif are_apart(child(self, "linear"), child(self, "norm"), torch.nn.Linear):
+        elif are_apart(child(self, "linear"), child(self, "norm"), torch.nn.Linear, input):
             y = self.as_written(input)
         else:
             norm = child(self, "norm")
@@ -141,7 +146,7 @@ class _ConvBatchNorm(torch.nn.Module):
             y = self.as_written(input)
         elif is_symbolic(self, input):
             y = as_node(self, input)
-        elif are_apart(child(self, "conv"), child(self, "norm"), self._conv):
+        elif are_apart(child(self, "conv"), child(self, "norm"), self._conv, input):
             y = self.as_written(input)
         else:
             conv, norm = child(self, "conv"), child(self, "norm")

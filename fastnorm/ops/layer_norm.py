@@ -142,9 +142,12 @@ def rms_norm(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """`functional.rms_norm` on Triton kernels; arguments are already checked."""
+    """`functional.rms_norm` on Triton kernels; arguments are already checked.
+
+    torch's keeps channels_last, unlike its layer norm. Kernels write rows.
+    """
     y: Tensor = _normalize(input, None, normalized_shape, weight, None, eps, activation, False)
-    return y
+    return y.contiguous(memory_format=native.kept_format(input))
 
 
 def add_layer_norm(

@@ -27,6 +27,12 @@ class BatchNormGap:
         self.parts: list[Number] = []  # mean gap, variance gap, batches tracked
         self._picked: Tensor | None = None  # a sample of the last batch, until it is settled
 
+    @classmethod
+    def of(cls, module: nn.Module) -> "BatchNormGap | None":
+        """None of a layer that has another norm in its BatchNorm's place."""
+        gap = cls(module)
+        return gap if isinstance(gap.norm, layers.BATCH_NORMS) else None
+
     def see(self, input: Tensor, picked: Tensor | None, samples: Samples) -> None:
         """A call of the norm; of a fused layer, its output stands for the norm's input.
 

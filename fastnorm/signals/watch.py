@@ -92,7 +92,7 @@ class Watch:
         self.units_last, self.weighted, self.batch_norm, self.open = None, False, None, False
         if module is not None:
             _, self.units_last, self.weighted, batch_norm, activates, self.open = kind(module)
-            self.batch_norm = BatchNormGap(module) if batch_norm else None
+            self.batch_norm = BatchNormGap.of(module) if batch_norm else None
             activation = activation_of(module) if activates else None
         self.bounds = _bounds(module, activation) if activation is not None else ()
         self.dying = activation is not None and activation.name in DYING
