@@ -68,16 +68,15 @@ def of_torch(
     """
     N, C = input.shape[:2]
     S = input.numel() // (N * C)
-    found = torch.native_group_norm(input, weight, bias, N, C, S, num_groups, eps)
+    y, mean, rstd = torch.native_group_norm(input, weight, bias, N, C, S, num_groups, eps)
     if num_groups == C and input.is_contiguous():
-        low, high = (t.item() for t in torch.aminmax(found[2]))
+        low, high = (t.item() for t in torch.aminmax(rstd))
         if not 1 / LARGEST_RSTD < low <= high < LARGEST_RSTD:
             planes = input.view(1, N * C, S)
             weight, bias = (None if t is None else t.repeat(N) for t in (weight, bias))
-            found = torch.native_batch_norm(planes, weight, bias, None, None, True, 0.0, eps)
-    y, *statistics = found
-    mean, rstd = (t.view(N, num_groups) for t in statistics)
-    return y.view_as(input), mean, rstd
+            y, *found = torch.native_batch_norm(planes, weight, bias, None, None, True, 0.0, eps)
+            y, (mean, rstd) = y.view_as(input), (t.view(N, C) for t in found)
+    return y, mean, rstd
 
 
 def _from_channels(
