@@ -35,6 +35,9 @@ LIMITS = {
 }
 
 
+READ_ALONE = ("dy_ptr", "x_ptr", "residual_ptr")  # large arguments that no kernel writes
+
+
 @dataclass(frozen=True)
 class Code:
     """What one compiled kernel costs and how it moves memory."""
@@ -153,7 +156,9 @@ def _narrow(launched: Recorded, widths: dict[str, list[int]]) -> dict[str, tuple
         if name in widths:
             size = arguments[name].element_size()
             each = max(math.prod(tile.values()) // threads, 1)
-            allowed = min(16, size * min(arguments["ALIGN"], each, tile[inner]))
+            read = name in READ_ALONE or (name == "y_ptr" and "bwd" in launched.name)
+            align = max(arguments["ALIGN"], arguments.get("LEAD", 1) if read else 1)
+            allowed = min(16, size * min(align, each, tile[inner]))
             if widths[name][0] < allowed:
                 found[name] = (widths[name][0], allowed)
     return found

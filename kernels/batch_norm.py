@@ -69,7 +69,7 @@ def launch_of(x: Tensor, view: ChannelView) -> Launch:
     tile = {
         "BLOCK_N": plan.block_n, "BLOCK_S": plan.block_s, "BLOCK_C": plan.block_c,
         "CHANNELS": plan.channels, "FOLD": plan.fold, "RUN": plan.run, "ALIGN": plan.align,
-        "COLUMNS": plan.columns, **plan.options,
+        "COLUMNS": plan.columns, "LEAD": plan.lead, **plan.options,
     }  # fmt: skip
     merge = {"BLOCK_C": MERGE_CHANNELS, "BLOCK_P": MERGE_PARTIALS, "num_warps": MERGE_WARPS}
     dtype = torch.float64 if x.dtype is torch.float64 else torch.float32

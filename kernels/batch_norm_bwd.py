@@ -29,7 +29,7 @@ def batch_norm_bwd_kernel(
     ACT_GRAD: tl.constexpr, TRAINING: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
@@ -41,7 +41,7 @@ def batch_norm_bwd_kernel(
         dy_ptr, x_ptr, y_ptr, residual_ptr,
         None if TRAINING else dx_ptr, None if TRAINING else dz_ptr,
         0, tiles, j, inside, mean, rest, rstd, w, b, N, W, T,
-        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS,
+        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD,
     )  # fmt: skip
     dw, db = by_channel(dw, S, CHANNELS), by_channel(db, S, CHANNELS)
     k, kmask = channels_of(pid, C, CHANNELS)
@@ -54,7 +54,7 @@ def batch_norm_bwd_kernel(
             dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
             0, tiles, j, inside, mean, rest, rstd, w, b,
             None, rstd * w, dw / M, db / M, N, W, T,
-            ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
+            ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS, LEAD,
         )  # fmt: skip
 
 
@@ -67,7 +67,7 @@ def batch_norm_bwd_reduce_kernel(
     N, C, S, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
@@ -78,7 +78,7 @@ def batch_norm_bwd_reduce_kernel(
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
         first, last, j, inside, mean, rest, rstd, w, b, N, W, T,
-        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS,
+        ACT_GRAD, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD,
     )  # fmt: skip
     if partial_ptr is not None:
         dw, db = by_channel(dw, S, CHANNELS), by_channel(db, S, CHANNELS)
@@ -95,7 +95,7 @@ def batch_norm_bwd_apply_kernel(
     N, C, S, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
@@ -112,5 +112,5 @@ def batch_norm_bwd_apply_kernel(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
         first, last, j, inside, mean, rest, rstd, w, b,
         None, rstd * w, dw / M, db / M, N, W, T,
-        ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS,
+        ACT_GRAD, BLOCK_N, BLOCK_S, COLUMNS, LEAD,
     )  # fmt: skip

@@ -118,15 +118,16 @@ def batch_norm_fwd_kernel(
     N, C, S, tiles,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
     pid = tl.program_id(0)
     j, c, inside, W, T = columns_of_block(pid, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, j, inside, N, W, T, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
-    )
+        x_ptr, 0, tiles, j, inside, N, W, T, ACC,
+        BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD,
+    )  # fmt: skip
     count, mean, rest, std = merge_columns(count, mean, rest, std, S, CHANNELS)
     k, kmask = channels_of(pid, C, CHANNELS)
     rstd = finalize(
@@ -138,7 +139,7 @@ def batch_norm_fwd_kernel(
     w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, 0, tiles, j, inside, mean, rest, rstd, w, b, N, W, T,
-        ACT, BLOCK_N, BLOCK_S, COLUMNS,
+        ACT, BLOCK_N, BLOCK_S, COLUMNS, LEAD,
     )  # fmt: skip
     count_batch(batches_ptr, pid)
 
@@ -150,15 +151,16 @@ def batch_norm_fwd_moments_kernel(
     N, C, S, P, tiles, tiles_per_program,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
     p, block, first, last = share_of_program(P, tiles, tiles_per_program)
     j, _, inside, W, T = columns_of_block(block, N, C, S, ALIGN, COLUMNS, BLOCK_C, CHANNELS)
     count, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, j, inside, N, W, T, ACC, BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
-    )
+        x_ptr, first, last, j, inside, N, W, T, ACC,
+        BLOCK_N, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD,
+    )  # fmt: skip
     count, mean, rest, std = merge_columns(count, mean, rest, std, S, CHANNELS)
     k, kmask = channels_of(block, C, CHANNELS)
     at = p.to(tl.int64) * C + k
@@ -202,7 +204,7 @@ def batch_norm_fwd_apply_kernel(
     N, C, S, P, tiles, tiles_per_program,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     CHANNELS: tl.constexpr, FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    COLUMNS: tl.constexpr, LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     N, C, S = as_int64(N, C, S)
@@ -223,5 +225,5 @@ def batch_norm_fwd_apply_kernel(
     w, b = load_affine(w_ptr, b_ptr, c, inside, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, first, last, j, inside, mean, rest, rstd, w, b, N, W, T,
-        ACT, BLOCK_N, BLOCK_S, COLUMNS,
+        ACT, BLOCK_N, BLOCK_S, COLUMNS, LEAD,
     )  # fmt: skip

@@ -1,15 +1,20 @@
 """Plans for the norms of channels (see launch.py)."""
 
+import math
 from dataclasses import dataclass
 
 from fastnorm.kernels.devices import Device
 from fastnorm.kernels.launch import (
+    LED_WARPS,
+    PROGRAMS_PER_MULTIPROCESSOR,
     SECTOR,
     TILE_BYTES,
     WHOLE_BYTES,
+    LedRows,
     cdiv,
     divisor_class,
     fold_of,
+    led_rows,
     power_of_two,
     programs_together,
     resident,
@@ -29,6 +34,7 @@ class ChannelPlan:
     fold: int  # lanes that one thread sums in its registers, in
     run: int  # runs of so many neighbours
     align: int  # elements: contiguous runs are a multiple of it
+    lead: int  # elements of a vector, where rows begin within one (see device/tiles.py); or 1
     options: dict[str, int]  # of the compiler
     tiles: int  # of one index set
     programs: int  # that share one index set
@@ -63,6 +69,8 @@ def _planes(C: int, S: int, itemsize: int) -> int:
     fewest, most = PLANE_COLUMNS
     while planes * S < fewest and planes < C:
         planes *= 2
+    while planes * S > most and planes * align * itemsize > 8:  # in half vectors
+        planes //= 2
     return planes if planes * S <= most else 0
 
 
@@ -73,6 +81,9 @@ def channel_plan(
     planes = 0 if columns else _planes(C, S, itemsize)
     if planes:
         return _plane_plan(N, C, S, planes, itemsize, device)
+    led = None if columns else led_rows(C, S, itemsize)
+    if led and (led.tiles == 1 or PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors <= N * C):
+        return _led_plan(N, C, S, led, itemsize, device)
     align = divisor_class(C if columns else S, itemsize)
     elements = TILE_BYTES // itemsize
     if align == 1:  # addresses, one an element, want registers too
@@ -106,6 +117,7 @@ def channel_plan(
         block_n, block_s, block_c, block_c, columns,
         *fold_of(lanes, block_c, align, num_warps, columns),
         align,
+        1,
         options,
         tiles,
         cdiv(tiles, tiles_per_program),
@@ -116,7 +128,7 @@ def channel_plan(
 
 def _plane_plan(N: int, C: int, S: int, planes: int, itemsize: int, device: Device) -> ChannelPlan:
     """The plan where a tile has the planes of so many channels: columns, of N elements each."""
-    align = divisor_class(C * S, itemsize)
+    align = divisor_class(math.gcd(C, planes) * S, itemsize)
     while (  # several times as many a program, while that leaves enough programs
         N * planes * S * itemsize * 2 <= TILE_BYTES
         and 2 * planes * S <= PLANE_COLUMNS[1]
@@ -136,9 +148,29 @@ def _plane_plan(N: int, C: int, S: int, planes: int, itemsize: int, device: Devi
         block_n, 1, block_c, planes, True,
         *fold_of(block_n, block_c, align, num_warps, True),
         align,
+        1,
         resident(num_warps, together * num_warps, itemsize, device),
         tiles,
         cdiv(tiles, tiles_per_program),
         tiles_per_program,
         channel_blocks,
+    )  # fmt: skip
+
+
+def _led_plan(N: int, C: int, S: int, led: LedRows, itemsize: int, device: Device) -> ChannelPlan:
+    """The plan where rows begin within vectors: each is in tiles of its own."""
+    lead, block_s, across, num_warps = led
+    rows = N
+    if N * S * itemsize > WHOLE_BYTES:  # whole ones: then all channels' shares are of one count
+        rows = cdiv(split(N * across, C, LED_WARPS // num_warps, device), across)
+    return ChannelPlan(
+        1, block_s, 1, 1, False,
+        *fold_of(block_s, 1, lead, num_warps, False),
+        divisor_class(S, itemsize),
+        lead,
+        resident(num_warps, LED_WARPS, itemsize, device),
+        N * across,
+        cdiv(N, rows),
+        rows * across,
+        C,
     )  # fmt: skip

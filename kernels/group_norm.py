@@ -76,7 +76,7 @@ def _shared(x: Tensor, view: ChannelView, num_groups: int) -> _Shared:
         (view.N * plan.channel_blocks * plan.programs,),
         (plan.programs, plan.tiles, plan.share),
         plan.share * plan.block_s,
-        tile_of(plan) | {"COLUMNS": view.columns},
+        tile_of(plan) | {"COLUMNS": view.columns, "LEAD": plan.lead},
         (cdiv(view.N * num_groups, GROUP_MERGE_GROUPS),),
         merge,
     )

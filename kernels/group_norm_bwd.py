@@ -68,7 +68,7 @@ def group_norm_bwd_kernel(
         dw_n, db_n = gradient_sums_of_tiles(
             dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr if dx_ptr is None else None,
             0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
-            ACT_GRAD, 1, BLOCK_S, LANES, FOLD, RUN, True,
+            ACT_GRAD, 1, BLOCK_S, LANES, FOLD, RUN, True, 1,
         )  # fmt: skip
         dw += dw_n
         db += db_n
@@ -77,7 +77,7 @@ def group_norm_bwd_kernel(
             input_gradient_of_tiles(
                 dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
                 0, tiles, at, mask, mean, rest, rstd, w, b, w, rstd, slope / L, shift / L, 1, C, S,
-                ACT_GRAD, 1, BLOCK_S, True,
+                ACT_GRAD, 1, BLOCK_S, True, 1,
             )  # fmt: skip
     if partial_ptr is not None:
         _, c, cmask = channels_of_groups(pid // P, C, K, 1, BLOCK_C, BLOCK_K, PADDED)
@@ -114,7 +114,7 @@ def group_norm_bwd_rows_kernel(
         row, rmask, at, mask = rows_of_runs(tile, g, N, G, L, col, inside, BLOCK_M, BLOCK_G)
         mean, rest, rstd = load_stats(stats_ptr, row, rmask, R)
         xhat, dz = load_xhat_dz(
-            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean[:, None], rest[:, None],
+            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mask, mean[:, None], rest[:, None],
             rstd[:, None], repeat(w, WITHIN), repeat(b, WITHIN), ACT_GRAD,
         )  # fmt: skip
         store_cast(dz_ptr, at, dz, mask)
@@ -161,7 +161,7 @@ def group_norm_bwd_run_kernel(
         part, k, inside, at, mask = tile_of_run(tile, first, P, K, S, BLOCK_S, BLOCK_C, FULL)
         w, b = load_affine(w_ptr, b_ptr, c + k, inside, ACC)
         xhat, dz = load_xhat_dz(
-            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask,
+            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mask,
             mean[None, :], rest[None, :], rstd[None, :], w[None, :], b[None, :], ACT_GRAD,
         )  # fmt: skip
         if dx_ptr is None:
@@ -181,7 +181,7 @@ def group_norm_bwd_run_kernel(
             )
             w, b = load_affine(w_ptr, b_ptr, c + k, inside, ACC)
             xhat, dz = load_xhat_dz(
-                dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask,
+                dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mask,
                 mean[None, :], rest[None, :], rstd[None, :], w[None, :], b[None, :], ACT_GRAD,
             )  # fmt: skip
             store_cast(dx_ptr, at, (dz * w[None, :] - shift - xhat * slope) * rstd[None, :], mask)
@@ -197,6 +197,7 @@ def group_norm_bwd_reduce_kernel(
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     p, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
@@ -208,7 +209,7 @@ def group_norm_bwd_reduce_kernel(
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr,
         first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
-        ACT_GRAD, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS,
+        ACT_GRAD, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD,
     )  # fmt: skip
     if partial_ptr is not None:
         at = (p * N + n) * C + c
@@ -250,6 +251,7 @@ def group_norm_bwd_apply_kernel(
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     _, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
@@ -263,5 +265,5 @@ def group_norm_bwd_apply_kernel(
     input_gradient_of_tiles(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
         first, last, c, cmask, mean, rest, rstd, w, b, w, rstd, slope, shift, N, C, S,
-        ACT_GRAD, 1, BLOCK_S, COLUMNS,
+        ACT_GRAD, 1, BLOCK_S, COLUMNS, LEAD,
     )  # fmt: skip

@@ -72,7 +72,7 @@ def group_norm_fwd_kernel(
     mask = cmask & (n < N)
     at = positions_of_lanes(n, c, C, S)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, RUN, True
+        x_ptr, 0, tiles, at, mask, 1, C, S, ACC, 1, BLOCK_S, BLOCK_N * BLOCK_C, FOLD, RUN, True, 1
     )
     mean, rest, std = moments_of_groups(mean, rest, std, K, BLOCK_K)
     speaks = mask & (tl.arange(0, BLOCK_N * BLOCK_C) % BLOCK_K == 0)
@@ -80,7 +80,7 @@ def group_norm_fwd_kernel(
     w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, 0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
-        ACT, 1, BLOCK_S, True,
+        ACT, 1, BLOCK_S, True, 1,
     )  # fmt: skip
 
 
@@ -161,13 +161,14 @@ def group_norm_fwd_moments_kernel(
     N, C, S, P, tiles, tiles_per_program,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     p, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
     c, cmask = channels_of(block, C, BLOCK_C)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS
+        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD
     )
     at = (p * N + n) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
@@ -218,6 +219,7 @@ def group_norm_fwd_apply_kernel(
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     _, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
@@ -229,7 +231,7 @@ def group_norm_fwd_apply_kernel(
     w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
-        ACT, 1, BLOCK_S, COLUMNS,
+        ACT, 1, BLOCK_S, COLUMNS, LEAD,
     )  # fmt: skip
 
 

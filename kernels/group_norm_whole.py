@@ -43,7 +43,7 @@ class Whole(NamedTuple):
 def tile_of(plan: GroupPlan) -> dict[str, int | bool]:
     return {
         "BLOCK_S": plan.block_s, "BLOCK_C": plan.block_c,
-        "FOLD": plan.fold, "RUN": plan.run, "ALIGN": plan.align, "num_warps": plan.num_warps,
+        "FOLD": plan.fold, "RUN": plan.run, "ALIGN": plan.align, **plan.options,
     }  # fmt: skip
 
 

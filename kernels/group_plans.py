@@ -4,14 +4,18 @@ from dataclasses import dataclass
 
 from fastnorm.kernels.devices import Device
 from fastnorm.kernels.launch import (
+    LED_WARPS,
     SECTOR,
     TILE_BYTES,
     WHOLE_BYTES,
+    LedRows,
     cdiv,
     divisor_class,
     fold_of,
+    led_rows,
     power_of_two,
     programs_together,
+    resident,
     split,
 )
 
@@ -33,7 +37,8 @@ class GroupPlan:
     fold: int  # lanes that one thread sums in its registers, in
     run: int  # runs of so many neighbours
     align: int  # elements: contiguous runs are a multiple of it
-    num_warps: int
+    lead: int  # elements of a vector, where rows begin within one (see device/tiles.py); or 1
+    options: dict[str, int]  # of the compiler
     tiles: int  # of the positions of a sample
     channel_blocks: int
     programs: int  # that share the sample blocks of a backward (whole), or the tiles of a sample
@@ -59,6 +64,9 @@ def group_plan(
 
     Nothing that is compiled depends on N: a last batch of another size brings no new kernel.
     """
+    led = None if columns else led_rows(C, S, itemsize)
+    if led and (led.tiles == 1 or device.multiprocessors <= 2 * C):  # enough of each sample
+        return _led_plan(C, S, led, itemsize, device)
     elements = TILE_BYTES // itemsize
     sector = max(SECTOR // itemsize, 1)  # the fewest channels whose loads waste nothing
     block_k = power_of_two(K)
@@ -94,9 +102,26 @@ def group_plan(
         whole, block_n, block_c, block_k, block_s,
         *fold_of(block_s, lanes, align, num_warps, columns),
         align,
-        num_warps,
+        1,
+        {"num_warps": num_warps},
         cdiv(S, block_s),
         channel_blocks,
         cdiv(shared, share),
         share,
+    )  # fmt: skip
+
+
+def _led_plan(C: int, S: int, led: LedRows, itemsize: int, device: Device) -> GroupPlan:
+    """The plan where rows begin within vectors: a program has one."""
+    lead, block_s, tiles, num_warps = led
+    return GroupPlan(
+        False, 1, 1, 1, block_s,
+        *fold_of(block_s, 1, lead, num_warps, False),
+        divisor_class(S, itemsize),
+        lead,
+        resident(num_warps, LED_WARPS, itemsize, device),
+        tiles,
+        C,
+        1,
+        tiles,
     )  # fmt: skip

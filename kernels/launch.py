@@ -13,6 +13,7 @@ TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a
 WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
 PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
 SECTOR = 32  # bytes that a cache loads together
+LEAST_TILES = 8  # of a program, where there are more than a device has room for already
 COLUMN_PROGRAMS = 3  # the same, where a thread's registers hold the statistics of 8 channels
 
 
@@ -85,6 +86,33 @@ def fold_of(
     return max(lanes // threads, run, min(lanes, 4)), run
 
 
+LED_WARPS = 20  # of a multiprocessor, each with 512 elements of such rows or fewer
+
+
+class LedRows(NamedTuple):
+    """Tiles of rows of S that begin anywhere within vectors, and are read in whole ones."""
+
+    lead: int  # elements of a vector
+    block_s: int
+    tiles: int  # of a row
+    num_warps: int
+
+
+def led_rows(C: int, S: int, itemsize: int) -> LedRows | None:
+    """None where rows begin where vectors do, or their loads are wide enough to be asynchronous.
+
+    Nor may a sample end within a vector, or what is read before a row need a tile more.
+    """
+    lead = 16 // itemsize
+    narrow = divisor_class(S, itemsize) * itemsize < 4 and lead <= S
+    elements = TILE_BYTES // itemsize // 2  # masks, one an element, want registers too
+    block_s = min(power_of_two(S + lead - 1), elements)
+    tiles = cdiv(S, block_s)
+    if not narrow or divisor_class(C * S, itemsize) < lead or tiles * block_s < S + lead - 1:
+        return None
+    return LedRows(lead, block_s, tiles, max(4 * block_s // elements, 1))
+
+
 def programs_together(columns: bool) -> int:
     """Of a multiprocessor, that share index sets."""
     return COLUMN_PROGRAMS if columns else PROGRAMS_PER_MULTIPROCESSOR
@@ -97,9 +125,11 @@ def split(tiles: int, others: int, together: int, device: Device) -> int:
     rounds, where one would leave processors idle.
     """
     room = together * device.multiprocessors
-    programs = 1
-    for rounds in (1, 2, 3) if others < room else ():
+    programs, fewest = 1, cdiv(others, room)
+    for rounds in range(fewest, fewest + 3):
         programs = max(rounds * room // others, 1)
         if programs * others >= 0.9 * rounds * room:
             break
+    if fewest > 1 and tiles < LEAST_TILES * programs:  # they would spend their time on other things
+        programs = 1
     return cdiv(tiles, min(programs, tiles))

@@ -82,6 +82,21 @@ def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
         yield torch.device("cuda" if kind == "compiled" else "cpu")
 
 
+@pytest.fixture
+def small_tiles(backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Tiles of 512 bytes, no planes side by side, and a device of two multiprocessors."""
+    if fastnorm.backend_for(torch.ones(1, device=backend)) == "eager":
+        yield
+        return
+    from fastnorm.kernels import channel_plans, devices, group_plans, launch
+
+    for plans in (launch, channel_plans, group_plans):
+        monkeypatch.setattr(plans, "TILE_BYTES", 512)
+    monkeypatch.setattr(channel_plans, "PLANE_COLUMNS", (0, 0))
+    with devices.assume(devices.Device(2)):
+        yield
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if HAS_GPU:
         return

@@ -40,11 +40,14 @@ def constants(way: str, *eager: tuple[object, Mapping[str, object]]) -> Iterator
                 devices,
                 group_norm,
                 group_plans,
+                launch,
                 run_plans,
             )
 
             for plans in (channel_plans, group_plans):
                 put(plans, {"TILE_BYTES": 512, "WHOLE_BYTES": 1024})
+            put(launch, {"TILE_BYTES": 512})
+            put(channel_plans, {"PLANE_COLUMNS": (8, 64)})
             put(group_plans, {"GROUP_LANES": 32})
             put(run_plans, {"WHOLE_BYTES": 1024, "TILE_BYTES": 256})
             put(run_plans, {"RUN_BYTES": 2048, "RUN_BYTES_BACKWARD": 1024})

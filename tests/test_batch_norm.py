@@ -175,6 +175,27 @@ def test_matches_float64(backend, shape, dtype, training):
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize(
+    "shape", [(3, 8, 17, 31), (2, 8, 15, 17), (5, 8, 13, 19), (1, 16, 1, 9)], ids=str
+)
+def test_rows_that_begin_within_vectors(backend, small_tiles, shape, training):
+    """Odd ones of 16 bits: of several tiles, and full ones; programs own several, and one."""
+    options = {"training": training, "mean": 100.0}
+    problem(shape, backend, torch.bfloat16, activation="silu", **options).check()
+    problem(shape, backend, torch.float16, activation="relu", residual=True, **options).check()
+
+
+def test_what_lies_beside_a_row_is_not_its_own(backend, small_tiles):
+    """Whole vectors are read, and with them a neighbour's numbers, which need not be finite."""
+    x = torch.randn(2, 8, 9, 15).to(backend, torch.bfloat16)
+    x[:, ::2] = float("inf")
+    x[:, 1::4, 0, 0] = x[:, 3::4, -1, -1] = 300.0
+    y = FF.batch_norm(x, None, None, training=True)
+    assert y[:, ::2].isnan().all()
+    assert_close(y[:, 1::2], FF.batch_norm(x[:, 1::2].double(), None, None, training=True))
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("shape", [(6, 5), (3, 2, 70, 71), (9, 8, 7, 7)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])

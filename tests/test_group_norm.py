@@ -171,6 +171,19 @@ def test_contiguous_groups(backend, monkeypatch, way, constants, shape, num_grou
 
 
 @pytest.mark.parametrize(
+    ("shape", "num_groups"), [((3, 8, 17, 31), 2), ((2, 16, 15, 17), 16), ((1, 8, 1, 9), 1)]
+)
+def test_rows_that_begin_within_vectors(backend, small_tiles, monkeypatch, shape, num_groups):
+    """Odd ones of 16 bits, of groups that are shared: of several tiles, full ones, and one."""
+    for name, value in SHARED.items():
+        run_plans = pytest.importorskip("fastnorm.kernels.run_plans")
+        monkeypatch.setattr(run_plans, name, value)
+    options = {"activation": "silu", "mean": 100.0}
+    problem(shape, num_groups, backend, torch.bfloat16, **options).check()
+    problem(shape, num_groups, backend, torch.float16, residual=True, **options).check()
+
+
+@pytest.mark.parametrize(
     ("shape", "num_groups"), [((3, 6, 5), 2), ((2, 4, 70, 71), 2)], ids=["whole", "split"]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])

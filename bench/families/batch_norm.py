@@ -65,6 +65,7 @@ def cases() -> Iterator[Case]:
             yield replace(case, residual=True)
     yield BatchNormCase("resnet50 stage 4, batch 512", (512, 2048, 7, 7), activation="relu")
     yield BatchNormCase("planes of 17x17", (256, 768, 17, 17), activation="relu")
+    yield BatchNormCase("planes of 35x35", (256, 288, 35, 35), activation="relu")
     frozen = BatchNormCase("resnet50 stage 1", RESNET50["resnet50 stage 1"], training=False)
     yield frozen
     yield replace(frozen, affine=False)
@@ -89,6 +90,7 @@ def small_cases() -> Iterator[Case]:
             ("whole (N, C)", (250, 40), "contiguous"),
             ("split NCHW", (9, 3, 60, 60), "contiguous"),
             ("split NCHW, odd", (71, 3, 21, 21), "contiguous"),
+            ("rows within vectors", (30, 8, 33, 33), "contiguous"),
             ("whole planes", (20, 16, 7, 7), "contiguous"),
             ("split planes", (4000, 6, 2, 2), "contiguous"),
             ("split channels_last", (9, 40, 20, 20), "channels_last"),
@@ -112,6 +114,7 @@ def option_cases() -> Iterator[Case]:
     for layout, shape in (
         ("contiguous", (64, 4, 64, 64)),
         ("contiguous", (256, 8, 7, 7)),
+        ("contiguous", (256, 8, 33, 33)),
         ("channels_last", (4, 24, 9, 9)),
     ):
         case = BatchNormCase("options", shape, layout=layout)

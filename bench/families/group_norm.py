@@ -107,6 +107,7 @@ def small_cases() -> Iterator[Case]:
             ("whole channels_last", (3, 40, 8, 8), 4, "channels_last"),
             ("whole (N, C)", (250, 40), 8, "contiguous"),
             ("split NCHW", (2, 20, 60, 60), 2, "contiguous"),
+            ("rows within vectors", (2, 72, 35, 35), 1, "contiguous"),
             ("split channels_last", (2, 40, 40, 40), 4, "channels_last"),
             ("split 3d", (2, 6, 20, 30, 31), 2, "channels_last_3d"),
         ):

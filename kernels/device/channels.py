@@ -20,11 +20,10 @@ from fastnorm.kernels.device.tiles import (
     count_of_groups,
     count_of_tile,
     fold,
-    lanes_of_tile,
     load_as,
     load_or,
+    places_of_tile,
     store_cast,
-    tile_offsets,
 )
 
 
@@ -149,7 +148,8 @@ def load_stats(stats_ptr, c, cmask, C):
 def moments_of_tiles(
     x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, FULL: tl.constexpr = False,
+    FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, LEAD: tl.constexpr,
+    FULL: tl.constexpr = False,
 ):  # fmt: skip
     """(count, mean, rest, std) of each channel over the tiles first … last-1; count is (1,).
 
@@ -157,27 +157,31 @@ def moments_of_tiles(
     no digits, and in a unit in which the squares of that tile do not overflow.
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
-    n, s, inside = lanes_of_tile(first, N, S, lane, BLOCK_N, BLOCK_S, FULL)
-    at = tile_offsets(n, s, c, C, S, COLUMNS)
-    x = load_as(x_ptr, at, inside[:, None] & cmask[None, :], ACC)
+    _, mask, read, rmask = places_of_tile(
+        first, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD, FULL
+    )
+    x = load_as(x_ptr, read, rmask, ACC)
+    samples = count_of_tile(first, N, S, BLOCK_N, BLOCK_S)
+    if LEAD > 1:
+        x, samples = tl.where(mask, x, 0.0), tl.sum(mask.to(tl.int32), axis=0)
     scale = scale_of(tl.max(tl.abs(x), axis=0))
     unit = (1.0 / scale)[None, :]
     x *= unit
-    pivot = tl.sum(tl.where((lane == 0)[:, None], x, 0.0), axis=0)
-    share = 1.0 / count_of_tile(first, N, S, BLOCK_N, BLOCK_S).to(ACC)
-    pivot = pivot_of(pivot, x, inside[:, None], share)
+    pivot = tl.sum(tl.where((lane == LEAD - 1)[:, None], x, 0.0), axis=0)
+    pivot = pivot_of(pivot, x, mask, 1.0 / samples.to(ACC))
 
     LANES: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
     count = tl.zeros((LANES, 1), ACC)
     mean = tl.zeros((LANES, BLOCK_C), ACC)
     m2 = tl.zeros((LANES, BLOCK_C), ACC)
     for tile in tl.range(first, last, num_stages=STAGES):
-        n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S, FULL)
-        mask = inside[:, None] & cmask[None, :]
-        x = load_as(x_ptr, tile_offsets(n, s, c, C, S, COLUMNS), mask, ACC)
-        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, RUN, FULL)
+        _, mask, read, rmask = places_of_tile(
+            tile, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD, FULL
+        )
+        x = load_as(x_ptr, read, rmask, ACC)
+        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, RUN, FULL, c, C, LEAD)
         d = x * unit - pivot[None, :]
-        mean_t, m2_t = fold_moments(d, inside[:, None], count_t, FOLD, RUN)
+        mean_t, m2_t = fold_moments(d, mask, count_t, FOLD, RUN)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
 
     count, mean, std = merge_lanes(count, mean, m2)
@@ -189,40 +193,42 @@ def moments_of_tiles(
 def normalize_tiles(
     x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     """y of the tiles, last tile first: what was read before is still in the cache."""
     ACC: tl.constexpr = mean.dtype
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     for i in tl.range(first, last, num_stages=STAGES):
-        n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
-        mask = inside[:, None] & cmask[None, :]
-        at = tile_offsets(n, s, c, C, S, COLUMNS)
-        x = load_as(x_ptr, at, mask, ACC)
+        at, mask, read, rmask = places_of_tile(
+            first + last - 1 - i, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD
+        )
+        x = load_as(x_ptr, read, rmask, ACC)
         z = ((x - mean[None, :]) - rest[None, :]) * rstd[None, :] * w[None, :] + b[None, :]
         if residual_ptr is not None:
-            z += load_as(residual_ptr, at, mask, ACC)
+            z += load_as(residual_ptr, read, rmask, ACC)
         store_cast(y_ptr, at, ACT(z), mask)
 
 
 @triton.jit
 def load_xhat_dz(
-    dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask, mean, rest, rstd, w, b, ACT_GRAD: tl.constexpr
-):
+    dy_ptr, x_ptr, y_ptr, residual_ptr, read, rmask, mask, mean, rest, rstd, w, b,
+    ACT_GRAD: tl.constexpr,
+):  # fmt: skip
     """x̂ and dz of a tile, 0 outside; ACT_GRAD is given y where that is enough, else z.
 
-    mean … b are given as broadcast to the tile.
+    mean … b are given as broadcast to the tile; what is read may be more than is inside.
     """
     ACC: tl.constexpr = mean.dtype
-    dy = load_as(dy_ptr, at, mask, ACC)
+    dy = load_as(dy_ptr, read, rmask, ACC)
     xhat = tl.zeros(dy.shape, ACC)
     if x_ptr is not None:
-        x = load_as(x_ptr, at, mask, ACC)
+        x = load_as(x_ptr, read, rmask, ACC)
         xhat = tl.where(mask, ((x - mean) - rest) * rstd, 0.0)
     if y_ptr is not None:
-        return xhat, tl.where(mask, ACT_GRAD(dy, load_as(y_ptr, at, mask, ACC)), 0.0)
+        return xhat, tl.where(mask, ACT_GRAD(dy, load_as(y_ptr, read, rmask, ACC)), 0.0)
     z = xhat * w + b
     if residual_ptr is not None:
-        z += load_as(residual_ptr, at, mask, ACC)
+        z += load_as(residual_ptr, read, rmask, ACC)
     return xhat, tl.where(mask, ACT_GRAD(dy, z), 0.0)
 
 
@@ -231,7 +237,7 @@ def gradient_sums_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
     first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, LEAD: tl.constexpr,
 ):  # fmt: skip
     """(Σ dz·x̂, Σ dz) of each channel over the tiles; stores dz, and dx of fixed statistics."""
     ACC: tl.constexpr = mean.dtype
@@ -240,11 +246,11 @@ def gradient_sums_of_tiles(
     db = tl.zeros((LANES, BLOCK_C), ACC)
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     for tile in tl.range(first, last, num_stages=STAGES):
-        n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
-        mask = inside[:, None] & cmask[None, :]
-        at = tile_offsets(n, s, c, C, S, COLUMNS)
+        at, mask, read, rmask = places_of_tile(
+            tile, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD
+        )
         xhat, dz = load_xhat_dz(
-            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask,
+            dy_ptr, x_ptr, y_ptr, residual_ptr, read, rmask, mask,
             mean[None, :], rest[None, :], rstd[None, :], w[None, :], b[None, :], ACT_GRAD,
         )  # fmt: skip
         store_cast(dx_ptr, at, dz * (rstd * w)[None, :], mask)
@@ -259,6 +265,7 @@ def input_gradient_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
     first, last, c, cmask, mean, rest, rstd, w, b, inner, outer, slope, shift, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     """dx = (inner·dz − shift − x̂·slope)·outer of the tiles, last tile first.
 
@@ -267,11 +274,11 @@ def input_gradient_of_tiles(
     """
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     for i in tl.range(first, last, num_stages=STAGES):
-        n, s, inside = lanes_of_tile(first + last - 1 - i, N, S, lane, BLOCK_N, BLOCK_S)
-        mask = inside[:, None] & cmask[None, :]
-        at = tile_offsets(n, s, c, C, S, COLUMNS)
+        at, mask, read, rmask = places_of_tile(
+            first + last - 1 - i, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD
+        )
         xhat, dz = load_xhat_dz(
-            dy_ptr, x_ptr, y_ptr, residual_ptr, at, mask,
+            dy_ptr, x_ptr, y_ptr, residual_ptr, read, rmask, mask,
             mean[None, :], rest[None, :], rstd[None, :], w[None, :], b[None, :], ACT_GRAD,
         )  # fmt: skip
         g = dz

@@ -126,8 +126,9 @@ def moments_of_long_row(
     if CENTER and residual_ptr is None:
         one = tl.zeros((1,), tl.int64)
         count, mean, rest, std = moments_of_tiles(
-            x_ptr, first, last, one, one == 0, 1, 1, N, ACC, 1, BLOCK_N, 1, FOLD, RUN, False, FULL
-        )
+            x_ptr, first, last, one, one == 0, 1, 1, N, ACC,
+            1, BLOCK_N, 1, FOLD, RUN, False, 1, FULL,
+        )  # fmt: skip
     if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # not yet, or squares overflowed
         count, mean, rest, std = moments_of_row(
             x_ptr, residual_ptr, sum_ptr, first, last, N, ACC, CENTER, FULL, BLOCK_N, STAGES

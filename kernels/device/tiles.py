@@ -47,6 +47,39 @@ def lanes_of_tile(
 
 
 @triton.jit
+def row_of_tile(tile, N, C, S, c, BLOCK_S: tl.constexpr, LEAD: tl.constexpr):
+    """(row, lead, first): where a tile's row begins, that within its vector, and the first lane."""
+    n, s, _, _ = start_of_tile(tile, N, S, 1, BLOCK_S)
+    row = (n * C + c) * S
+    return row, (row % LEAD).to(tl.int32), s.to(tl.int32)
+
+
+@triton.jit
+def places_of_tile(
+    tile, N, C, S, c, cmask, lane, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    COLUMNS: tl.constexpr, LEAD: tl.constexpr, FULL: tl.constexpr = False,
+):  # fmt: skip
+    """(at, mask, read, rmask), (lanes, channels): a tile's elements, and what is read for them.
+
+    They are the same but where rows, the positions of one channel, begin anywhere within vectors of
+    LEAD elements. There lanes count from the vector that a row begins in, lane LEAD - 1 or before;
+    whole vectors are read, as the compiler can see, and lanes of the rows before and behind are not
+    inside. BLOCK_N and the channels are 1, and no vector reaches beyond a sample.
+    """
+    if LEAD == 1:
+        n, s, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S, FULL)
+        at, mask = tile_offsets(n, s, c, C, S, COLUMNS), inside[:, None] & cmask[None, :]
+        return at, mask, at, mask
+    else:
+        row, lead, first = row_of_tile(tile, N, C, S, c, BLOCK_S, LEAD)
+        lane += first
+        inside = (lane - lead).to(tl.uint32) < S.to(tl.uint32)
+        rmask = lane // LEAD * LEAD < lead + S.to(tl.int32)
+        at, read = row - lead + lane, row // LEAD * LEAD + lane
+        return at[:, None], inside[:, None], read[:, None], rmask[:, None]
+
+
+@triton.jit
 def count_of_tile(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
     """How many lanes of a tile are inside."""
     _, _, samples, positions = start_of_tile(tile, N, S, BLOCK_N, BLOCK_S)
@@ -56,19 +89,26 @@ def count_of_tile(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
 @triton.jit
 def count_of_groups(
     tile, N, S, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, FULL: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, FULL: tl.constexpr, c, C, LEAD: tl.constexpr,
 ):  # fmt: skip
     """How many lanes of each group that `fold` sums are inside: (lanes / FOLD, 1).
 
-    A run is inside or outside as a whole: RUN divides S, or is 1.
+    A run is inside or outside as a whole: RUN divides S, or is 1. With a LEAD it may be in part.
     """
     GROUPS: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
     run = tl.arange(0, GROUPS)
-    runs = tl.zeros((GROUPS,), tl.int32)
+    found = tl.zeros((GROUPS,), tl.int32)
     for k in tl.static_range(FOLD // RUN):
-        _, _, inside = lanes_of_tile(tile, N, S, (k * GROUPS + run) * RUN, BLOCK_N, BLOCK_S, FULL)
-        runs += inside.to(tl.int32)
-    return (runs * RUN).to(ACC)[:, None]
+        lane = (k * GROUPS + run) * RUN
+        if LEAD == 1:
+            _, _, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S, FULL)
+            found += inside.to(tl.int32) * RUN
+        else:
+            _, lead, first = row_of_tile(tile, N, C, S, c, BLOCK_S, LEAD)
+            lane += first
+            end = tl.minimum(lead + S.to(tl.int32), lane + RUN)
+            found += tl.maximum(end - tl.maximum(lead, lane), 0)
+    return found.to(ACC)[:, None]
 
 
 @triton.jit
