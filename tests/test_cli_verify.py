@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from fastnorm.verify import cases as listing
 from fastnorm.verify import inputs, reference
 from fastnorm.verify.cases import OPERATIONS, cases
 from fastnorm.verify.channels import ChannelCase
-from fastnorm.verify.judge import examine
+from fastnorm.verify.judge import Finding, _judge, examine
 from fastnorm.verify.products import ProductCase
 from fastnorm.verify.rows import RowCase
 from fastnorm.verify.run import examined, interprets, left_out, summaries
@@ -338,6 +339,30 @@ def test_other_bits_on_a_second_call_are_seen(monkeypatch):
     assert not any(finding.wrong for finding in examine(case, CPU))
     (one,) = examined([case], CPU)
     assert "other bits on a second call" in {finding.wrong for finding in one.wrong}
+
+
+def test_what_is_allowed():
+    """Twice torch's error, a NaN where torch has one, and what is flushed to zero."""
+    one, none = torch.ones(4, dtype=torch.float64), [0.0] * 4
+
+    def wrong(ours, theirs):
+        got, others = (one.float() + torch.tensor(errors) for errors in (ours, theirs))
+        return _judge("y", got, others, one, one, 0.0).wrong
+
+    assert not wrong([1.9e-3, *none[1:]], [0.0, 1e-3, *none[2:]])
+    assert wrong([2.1e-3, *none[1:]], [0.0, 1e-3, *none[2:]])
+    assert not wrong([math.nan, *none[1:]], [math.nan, *none[1:]])
+    assert wrong([math.nan, *none[1:]], [0.0, math.nan, *none[2:]])
+    assert not _judge("y", torch.zeros(4), None, 1e-39 * one, 0 * one, 0.0).wrong
+
+
+def test_shares_and_ratios():
+    """What is wrong uses up all that is allowed, however small the error."""
+    assert Finding("y", 0.0, 1.0, 4.0, "other bits").share == 1
+    assert Finding("y", 2.0, 1.0, 4.0).share == 0.5
+    assert Finding("y", 2.0, 1.0, 4.0).ratio == 2
+    assert Finding("y", 2.0, 0.0, 4.0).ratio == math.inf
+    assert Finding("y", 0.0, 0.0, 4.0).ratio == 1
 
 
 def test_a_call_that_raises_is_a_finding(few, tmp_path, monkeypatch, capsys):
