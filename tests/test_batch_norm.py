@@ -252,6 +252,8 @@ def test_what_nobody_asks_for_is_not_computed(training):
             torch.autograd.grad(y, leaves[wanted], case.dy)
         (launch,) = launches
         assert [name for name in results.values() if name in launch.tensors] == [result]
+        _, once, _, stored = launch.traffic()[result]
+        assert stored == once
         summed = wanted in ("weight", "bias") or (training and wanted == "x")
         assert ("x_ptr" in launch.tensors) == summed  # y shows what relu asks
 

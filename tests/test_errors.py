@@ -217,6 +217,18 @@ def test_modules(backend, name, training):
     assert tensors_of(ours) == before
 
 
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_a_module_that_has_lost_a_buffer(backend, name):
+    norms = fastnorm.BatchNorm1d(3, device=backend).eval(), nn.BatchNorm1d(3).eval()
+    for norm in norms:
+        setattr(norm, name, None)
+    error, want = (
+        raised_by(lambda norm=norm, x=x: norm(x))
+        for norm, x in zip(norms, (torch.ones(4, 3, device=backend), torch.ones(4, 3)), strict=True)
+    )
+    check_error(error, want, Bad({}, RuntimeError, (name,)), backend)
+
+
 @pytest.mark.parametrize("residual", [torch.ones(4, 3), torch.ones(4, 3, 5, device=META)], ids=str)
 def test_module_residual(backend, residual):
     ours = fastnorm.BatchNorm1d(3, device=backend)

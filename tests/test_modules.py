@@ -838,6 +838,30 @@ def test_parts_that_somebody_watches_or_replaces(backend, kind):
     close(module(x), other(x))
 
 
+@pytest.mark.parametrize("kind", COMPOUND)
+def test_backward_hooks_of_parts_are_called(backend, kind):
+    x = PAIRS[kind].batch(backend, torch.float64).requires_grad_()
+    for hook in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        for name in (COMPOUND[kind], "norm"):
+            module, seen = PAIRS[kind].both(backend, torch.float64)[0], []
+            getattr(module.get_submodule(name), hook)(lambda *_, seen=seen: seen.append(1))
+            module(x).sum().backward()
+            assert seen == [1], (hook, name)
+
+
+@pytest.mark.parametrize("kind", COMPOUND)
+def test_a_forward_put_in_the_place_of_a_parts_own_is_called(backend, kind):
+    """As libraries that quantize or move layers do, to one object."""
+    x = PAIRS[kind].batch(backend, torch.float64)
+    for name in (COMPOUND[kind], "norm"):
+        module, seen = PAIRS[kind].both(backend, torch.float64)[0], []
+        want = copy.deepcopy(module)(x)
+        part = module.get_submodule(name)
+        part.forward = lambda z, plain=part.forward, seen=seen: (seen.append(1), plain(z))[1]
+        close(module(x), want)
+        assert seen == [1], name
+
+
 def test_a_norm_with_a_forward_of_its_own(backend):
     class Twice(fastnorm.BatchNorm1d):
         def forward(self, input, residual=None):
@@ -848,6 +872,17 @@ def test_a_norm_with_a_forward_of_its_own(backend):
     want = 2 * module(x)
     module.norm = Twice(3, activation="relu", device=backend).eval()
     assert_close(module(x), want)
+
+
+@pytest.mark.parametrize("kind", COMPOUND)
+def test_a_norm_of_another_kind_is_called(backend, kind):
+    """Some model surgery leaves one of torch's behind, or none at all."""
+    module, other = PAIRS[kind].both(backend, torch.float64)
+    x = PAIRS[kind].batch(backend, torch.float64)
+    for norm in (copy.deepcopy(other.norm), nn.Identity()):
+        module.norm = norm
+        z = getattr(other, COMPOUND[kind])(x)
+        close(module(x), norm(z))
 
 
 def test_shared_norm_called_twice_before_its_backward(backend):

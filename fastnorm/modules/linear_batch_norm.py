@@ -14,7 +14,7 @@ from fastnorm.modules.attributes import (
     operands,
     parameter,
 )
-from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, _BatchNorm
+from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.modules.scripted import is_scripting
 from fastnorm.modules.sync_batch_norm import SyncBatchNorm
 
@@ -29,7 +29,7 @@ def are_apart(layer: torch.nn.Module, norm: torch.nn.Module, kind: type[torch.nn
     """
     return (
         type(layer).forward is not kind.forward
-        or (isinstance(norm, _BatchNorm) and type(norm).forward not in FORWARDS)
+        or type(norm).forward not in FORWARDS
         or is_hooked(layer)
         or is_hooked(norm)
     )
