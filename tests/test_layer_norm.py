@@ -382,6 +382,20 @@ def test_any_strides_of_dy_and_residual(backend, kind, layout):
     case.check()
 
 
+@pytest.mark.parametrize("odd", ["x", "residual", "dy", "dsum"])
+def test_rows_of_one_tensor_that_start_anywhere(backend, odd):
+    """Vectors are loaded of what divides every row's start, whoever's it is."""
+    case = problem("add_layer_norm", (6, 8), backend, activation="tanh")
+    wide = torch.zeros(6, 11, device=backend)
+    wide[:, :8] = getattr(case, odd)
+    setattr(case, odd, wide[:, :8])
+    want = case.run(case.reference_call, case.leaves(torch.float64))
+    leaves = case.leaves()  # clone() drops the strides
+    leaves |= {n: getattr(case, n).detach().requires_grad_() for n in ("x", "residual")}
+    for name, value in case.run(case.call, leaves).items():
+        assert_close(value, want[name], 100, name)
+
+
 @pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 def test_default_eps_of_rms_norm(backend, kind, dtype):

@@ -334,6 +334,21 @@ def test_batches_are_counted_in_training_alone(backend, name, momentum):
         assert torch.equal(norm.running_mean, before) == (not training)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "LinearBatchNorm"])
+def test_buffers_that_move_are_of_another_version(backend, kind, training):
+    """By which autograd knows that what it saved has changed."""
+    norm = getattr(fastnorm, kind)(*[3] * (1 + (kind != "BatchNorm1d")), device=backend)
+    norm.train(training)
+    before = [buffer._version for buffer in norm.buffers()]
+    x = torch.randn(4, 3, device=backend)
+    norm(x)
+    moved = [b._version > v for b, v in zip(norm.buffers(), before, strict=True)]
+    if fastnorm.backend_for(x) == "triton":
+        assert moved == [training] * 3
+    assert moved[2] == training  # of the others torch's operator says nothing on a CPU
+
+
 def test_cumulative_average_is_the_average_of_the_batches(backend):
     ours = fastnorm.BatchNorm1d(3, momentum=None).to(backend, torch.float64)
     batches = [torch.randn(5, 3, dtype=torch.float64).to(backend) + i for i in range(4)]
