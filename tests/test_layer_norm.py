@@ -396,6 +396,25 @@ def test_rows_of_one_tensor_that_start_anywhere(backend, odd):
         assert_close(value, want[name], 100, name)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are listed in the interpreter")
+def test_what_nobody_asks_for_is_not_computed(monkeypatch):
+    """In long rows, whose sums take a launch of their own."""
+    import interpreter
+
+    monkeypatch.setattr(row_plans, "WIDEST_ROW_BACKWARD", 64)
+    case = problem("layer_norm", (4, 200), torch.device("cpu"), activation="relu")
+    results = {"x": "dx_ptr", "weight": "dw_partial_ptr", "bias": "db_partial_ptr"}
+    for wanted, result in results.items():
+        leaves = {n: t.requires_grad_(n == wanted) for n, t in case.leaves().items()}
+        with fastnorm.use_backend("triton"), interpreter.trace() as launches:
+            y = case.call(leaves)[0]
+            launches.clear()
+            torch.autograd.grad(y, leaves[wanted], case.dy)
+        (own,) = (each for each in launches if each.kernel == "layer_norm_bwd_kernel")
+        assert [name for name in results.values() if name in own.tensors] == [result]
+        assert any("reduce" in each.kernel for each in launches) == (wanted == "x")
+
+
 @pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 def test_default_eps_of_rms_norm(backend, kind, dtype):
