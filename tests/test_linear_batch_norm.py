@@ -728,10 +728,10 @@ def test_what_rounding_a_mean_leaves_counts():
     torch.testing.assert_close(y.double(), want, rtol=0, atol=1e-4)
 
 
-def test_an_infinity_in_the_first_row_makes_the_mean_infinite():
-    x, w = torch.ones(8, 4), torch.ones(3, 4)
+def test_an_infinity_in_the_first_row_makes_the_mean_infinite(backend):
+    x, w = torch.ones(8, 4, device=backend), torch.ones(3, 4, device=backend)
     x[0, 1] = float("inf")
-    mean, var = torch.zeros(3), torch.ones(3)
+    mean, var = torch.zeros(3, device=backend), torch.ones(3, device=backend)
     FF.linear_batch_norm(x, w, None, mean, var, training=True, algorithm="gram")
     assert mean.isinf().all()
     assert var.isnan().all()
