@@ -18,9 +18,10 @@ from fastnorm.cli import main, verify
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.verify import cases as listing
 from fastnorm.verify import inputs, reference
+from fastnorm.verify.case import Stages
 from fastnorm.verify.cases import OPERATIONS, cases
 from fastnorm.verify.channels import ChannelCase
-from fastnorm.verify.judge import Finding, _judge, examine
+from fastnorm.verify.judge import Finding, _ambiguous, _judge, examine
 from fastnorm.verify.products import ProductCase
 from fastnorm.verify.rows import RowCase
 from fastnorm.verify.run import examined, interprets, left_out, summaries
@@ -354,6 +355,16 @@ def test_what_is_allowed():
     assert not wrong([math.nan, *none[1:]], [math.nan, *none[1:]])
     assert wrong([math.nan, *none[1:]], [0.0, math.nan, *none[2:]])
     assert not _judge("y", torch.zeros(4), None, 1e-39 * one, 0 * one, 0.0).wrong
+    assert "[1, 4], expected" in _judge("y", one.float()[None], None, one, one, 0.0).wrong
+
+
+def test_what_a_rounding_decides_is_not_asked():
+    """Elements that lie at a jump of the derivative have no upstream gradient."""
+    z = torch.tensor([1e-8, 1e-3, 6 - 1e-8, 3.0], dtype=torch.float64)
+    stages = Stages(z, *[torch.ones_like(z)] * 4)
+    for activation, near in (("relu6", [1, 0, 1, 0]), ("relu", [1, 0, 0, 0]), ("silu", [0] * 4)):
+        case = RowCase("layer_norm", (4,), activation=activation)
+        assert _ambiguous(case, stages).tolist() == [bool(n) for n in near]
 
 
 def test_shares_and_ratios():
