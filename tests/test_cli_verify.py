@@ -106,6 +106,14 @@ def test_full_is_crossed():
     assert len(crossed) == len(set(crossed)) == shapes * 2 * 4 * len(ACTIVATIONS) * 2
 
 
+def test_gram_of_float64_is_asked_for_normal_values_alone():
+    """It has no wider type for its second moment: docs/numerics.md."""
+    gram = [c for c in cases(quick=False) if getattr(c, "algorithm", "") == "gram"]
+    for dtype in (torch.float32, torch.float64):
+        values = {c.values for c in gram if c.dtype is dtype}
+        assert (values == {"normal"}) == (dtype is torch.float64)
+
+
 def test_layouts_are_what_they_are_called():
     x = torch.arange(2.0 * 6 * 4 * 5).reshape(2, 6, 4, 5)
     for layout in ("contiguous", "channels_last", "sliced", "strided"):
