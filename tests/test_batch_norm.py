@@ -253,6 +253,32 @@ def test_only_what_is_asked_for(backend, activation, residual, training):
             torch.testing.assert_close(got, want[f"d{wanted}"], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are listed in the interpreter")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_what_nobody_asks_for_is_not_computed(training):
+    import interpreter
+
+    options = {"residual": True, "activation": "relu", "training": training}
+    case = problem((5, 3, 4), torch.device("cpu"), **options)
+    results = {"x": "dx_ptr", "residual": "dz_ptr", "weight": "dw_ptr", "bias": "db_ptr"}
+    for wanted, result in results.items():
+        leaves = {n: t.requires_grad_(n == wanted) for n, t in case.leaves().items()}
+        with fastnorm.use_backend("triton"), interpreter.trace() as launches:
+            y = FF.batch_norm(
+                leaves["x"], case.running_mean.clone(), case.running_var.clone(),
+                leaves["weight"], leaves["bias"], training,
+                residual=leaves["residual"], activation="relu",
+            )  # fmt: skip
+            launches.clear()
+            torch.autograd.grad(y, leaves[wanted], case.dy)
+        (launch,) = launches
+        assert [name for name in results.values() if name in launch.tensors] == [result]
+        _, once, _, stored = launch.traffic()[result]
+        assert stored == once
+        summed = wanted in ("weight", "bias") or (training and wanted == "x")
+        assert ("x_ptr" in launch.tensors) == summed  # y shows what relu asks
+
+
 def strided_inputs(device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(3)
 

@@ -134,6 +134,21 @@ def test_infinities_and_nan_go_where_torchs_go(backend, value, shape):
     assert torch.equal(results[0][2], results[1][2])
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+@pytest.mark.parametrize("shape", [(64, 3), (40, 3, 3), (4, 3, 21, 21)], ids=str)
+def test_channels_do_not_see_one_another(backend, shape, value):
+    """Planes of 3 positions are neighbours in one tile, and merged by the power of two above."""
+    x, dy = torch.randn((2, *shape), generator=torch.Generator().manual_seed(8)).to(backend)
+    changed = x.clone()
+    changed[:, 1] *= value
+    results = []
+    for each in (x, changed):
+        y, dx, *small = outcome(ours, each, dy, torch.float32, torch.float32)
+        results.append([y[:, ::2], dx[:, ::2], *(t[::2] for t in small)])
+    for before, after in zip(*results, strict=True):
+        assert torch.equal(before, after)
+
+
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "elu", "hardswish", "silu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 def test_nan_and_infinity_pass_activations_as_in_torch(backend, activation, residual):

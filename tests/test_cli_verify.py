@@ -3,6 +3,7 @@
 import ast
 import io
 import json
+import math
 import re
 import sys
 from pathlib import Path
@@ -17,9 +18,10 @@ from fastnorm.cli import main, verify
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.verify import cases as listing
 from fastnorm.verify import inputs, reference
+from fastnorm.verify.case import Stages
 from fastnorm.verify.cases import OPERATIONS, cases
 from fastnorm.verify.channels import ChannelCase
-from fastnorm.verify.judge import examine
+from fastnorm.verify.judge import Finding, _ambiguous, _judge, examine
 from fastnorm.verify.products import ProductCase
 from fastnorm.verify.rows import RowCase
 from fastnorm.verify.run import examined, interprets, left_out, summaries
@@ -102,6 +104,14 @@ def test_full_is_crossed():
     crossed = [c for c in images if c.eps == 1e-5 and c.weight is None]
     shapes = len(listing.IMAGES) + len(listing.SPLIT)
     assert len(crossed) == len(set(crossed)) == shapes * 2 * 4 * len(ACTIVATIONS) * 2
+
+
+def test_gram_of_float64_is_asked_for_normal_values_alone():
+    """It has no wider type for its second moment: docs/numerics.md."""
+    gram = [c for c in cases(quick=False) if getattr(c, "algorithm", "") == "gram"]
+    for dtype in (torch.float32, torch.float64):
+        values = {c.values for c in gram if c.dtype is dtype}
+        assert (values == {"normal"}) == (dtype is torch.float64)
 
 
 def test_layouts_are_what_they_are_called():
@@ -338,6 +348,40 @@ def test_other_bits_on_a_second_call_are_seen(monkeypatch):
     assert not any(finding.wrong for finding in examine(case, CPU))
     (one,) = examined([case], CPU)
     assert "other bits on a second call" in {finding.wrong for finding in one.wrong}
+
+
+def test_what_is_allowed():
+    """Twice torch's error, a NaN where torch has one, and what is flushed to zero."""
+    one, none = torch.ones(4, dtype=torch.float64), [0.0] * 4
+
+    def wrong(ours, theirs):
+        got, others = (one.float() + torch.tensor(errors) for errors in (ours, theirs))
+        return _judge("y", got, others, one, one, 0.0).wrong
+
+    assert not wrong([1.9e-3, *none[1:]], [0.0, 1e-3, *none[2:]])
+    assert wrong([2.1e-3, *none[1:]], [0.0, 1e-3, *none[2:]])
+    assert not wrong([math.nan, *none[1:]], [math.nan, *none[1:]])
+    assert wrong([math.nan, *none[1:]], [0.0, math.nan, *none[2:]])
+    assert not _judge("y", torch.zeros(4), None, 1e-39 * one, 0 * one, 0.0).wrong
+    assert "[1, 4], expected" in _judge("y", one.float()[None], None, one, one, 0.0).wrong
+
+
+def test_what_a_rounding_decides_is_not_asked():
+    """Elements that lie at a jump of the derivative have no upstream gradient."""
+    z = torch.tensor([1e-8, 1e-3, 6 - 1e-8, 3.0], dtype=torch.float64)
+    stages = Stages(z, *[torch.ones_like(z)] * 4)
+    for activation, near in (("relu6", [1, 0, 1, 0]), ("relu", [1, 0, 0, 0]), ("silu", [0] * 4)):
+        case = RowCase("layer_norm", (4,), activation=activation)
+        assert _ambiguous(case, stages).tolist() == [bool(n) for n in near]
+
+
+def test_shares_and_ratios():
+    """What is wrong uses up all that is allowed, however small the error."""
+    assert Finding("y", 0.0, 1.0, 4.0, "other bits").share == 1
+    assert Finding("y", 2.0, 1.0, 4.0).share == 0.5
+    assert Finding("y", 2.0, 1.0, 4.0).ratio == 2
+    assert Finding("y", 2.0, 0.0, 4.0).ratio == math.inf
+    assert Finding("y", 0.0, 0.0, 4.0).ratio == 1
 
 
 def test_a_call_that_raises_is_a_finding(few, tmp_path, monkeypatch, capsys):

@@ -328,6 +328,8 @@ def test_symbolic_trace(backend, case):
     traced = torch.fx.symbolic_trace(block)
     names = [node.target for node in traced.graph.nodes if node.op.startswith("call")]
     assert names == ["layer", FF.layer_norm, FF.batch_norm]
+    (layer,) = (node for node in traced.graph.nodes if node.target == "layer")
+    assert len(layer.args) == block.count
     torch.testing.assert_close(traced(x, vectors), block(x, vectors), rtol=0, atol=0)
 
 
@@ -345,6 +347,16 @@ def test_symbolic_trace_of_a_layer_with_its_norm_alone(backend, whole, shape):
     assert calls[-1] == "norm"
     assert len(calls) == 2
     torch.testing.assert_close(traced(x), whole(x))
+
+
+def test_symbolic_trace_of_a_layer_itself(backend):
+    """Then there is nothing whose node it could be: what it calls is recorded."""
+    norm = fastnorm.AddRMSNorm(8, activation="silu").to(backend)
+    traced = torch.fx.symbolic_trace(norm)
+    names = [node.target for node in traced.graph.nodes if node.op.startswith("call")]
+    assert names == [FF.add_rms_norm]
+    x, residual = torch.randn(2, 3, 8, device=backend)
+    torch.testing.assert_close(traced(x, residual), norm(x, residual), rtol=0, atol=0)
 
 
 # ---- what else a compiled module meets -----------------------------------------------------------

@@ -567,6 +567,17 @@ def test_double_backward(backend, activation, residual, training):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["", "create_graph"])
+def test_float32_biases_keep_their_precision(backend, graph):
+    """A bias's gradient rounded to the input's dtype before it is widened."""
+    x, dy = (draw(50, 8, 6, device=backend, dtype=torch.bfloat16, seed=i) for i in range(2))
+    bias = torch.zeros(8, device=backend, requires_grad=True)
+    y = FF.batch_norm(x, None, None, torch.ones(8, device=backend), bias, True)
+    (db,) = torch.autograd.grad(y, bias, dy, create_graph=graph)
+    assert db.dtype is torch.float32
+    assert_close(db, dy.double().sum((0, 2)), 300)
+
+
 def test_a_module_under_torch_func(backend):
     """Per-sample gradients of a model in evaluation, as in meta-learning and privacy."""
     double = {"device": backend, "dtype": torch.float64}

@@ -92,7 +92,9 @@ BATCH_NORM = {
         {"momentum": torch.tensor(0.1, requires_grad=True)}, TypeError, ("momentum",)
     ),
     "momentum complex": Bad({"momentum": 0.1j}, TypeError, ("momentum", "complex")),
-    "momentum elsewhere": Bad({"momentum": torch.tensor(0.1, device=META)}, RuntimeError, ()),
+    "momentum elsewhere": Bad(
+        {"momentum": torch.tensor(0.1, device=META)}, RuntimeError, ("meta", "cpu", "momentum")
+    ),
     "momentum a string": Bad({"momentum": "x"}, TypeError, ("momentum", "str")),
     "integers": Bad({"input": torch.ones(4, 3, 5).long()}, RuntimeError, ("Long", "batch_norm")),
     "integers in evaluation": Bad(
@@ -172,6 +174,17 @@ def test_batch_norm(backend, name, counted):
     assert count is None or count.item() == 7
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_buffers_that_require_a_gradient_where_there_is_none(backend, training):
+    x = torch.randn(4, 3, 5, device=backend)
+    want = torch.zeros(3, device=backend), torch.ones(3, device=backend)
+    found = [b.clone().requires_grad_() for b in want]
+    with torch.no_grad():
+        y = FF.batch_norm(x, *found, training=training)
+    torch.testing.assert_close(y, F.batch_norm(x, *want, training=training))
+    torch.testing.assert_close([b.detach() for b in found], list(want))
+
+
 # ---- modules -------------------------------------------------------------------------------------
 MODULES = {
     "1d, 1 axis": ("BatchNorm1d", torch.ones(3)),
@@ -202,6 +215,18 @@ def test_modules(backend, name, training):
         assert str(error) == str(want)
     check_error(error, want, Bad({}, type(want), ()), backend)
     assert tensors_of(ours) == before
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+def test_a_module_that_has_lost_a_buffer(backend, name):
+    norms = fastnorm.BatchNorm1d(3, device=backend).eval(), nn.BatchNorm1d(3).eval()
+    for norm in norms:
+        setattr(norm, name, None)
+    error, want = (
+        raised_by(lambda norm=norm, x=x: norm(x))
+        for norm, x in zip(norms, (torch.ones(4, 3, device=backend), torch.ones(4, 3)), strict=True)
+    )
+    check_error(error, want, Bad({}, RuntimeError, (name,)), backend)
 
 
 @pytest.mark.parametrize("residual", [torch.ones(4, 3), torch.ones(4, 3, 5, device=META)], ids=str)
@@ -304,6 +329,11 @@ LINEAR = {
         RuntimeError,
         (),
     ),
+    "integer weight": Bad({"weight": torch.ones(3, 4).long()}, RuntimeError, ("weight", "Long")),
+    "complex bias": Bad({"bias": torch.ones(3) * 1j}, RuntimeError, ("bias", "Complex")),
+    "weight elsewhere": Bad(
+        {"weight": torch.ones(3, 4, device=META)}, RuntimeError, ("meta", "cpu", "weight")
+    ),
     "bias elsewhere": Bad({"bias": torch.ones(3, device=META)}, RuntimeError, ("meta", "cpu")),
     "norm_weight elsewhere": Bad({"norm_weight": torch.ones(3, device=META)}, RuntimeError, ()),
     "activation": Bad({}, ValueError, ("'swish'", *ACTIVATIONS), {"activation": "swish"}),
@@ -332,6 +362,9 @@ CONV = {
         {"input": torch.ones(6, 4, 4, 4).long(), "weight": torch.ones(3, 4, 1, 1).long()},
         RuntimeError,
         (),
+    ),
+    "integer weight": Bad(
+        {"weight": torch.ones(3, 4, 1, 1).long()}, RuntimeError, ("weight", "Long")
     ),
     "norm_bias elsewhere": Bad({"norm_bias": torch.ones(3, device=META)}, RuntimeError, ()),
     "activation": Bad({}, ValueError, ("'swish'", *ACTIVATIONS), {"activation": "swish"}),

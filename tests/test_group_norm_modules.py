@@ -194,6 +194,13 @@ def test_wrong_inputs_raise_torchs_errors(backend, kind):
             assert isinstance(errors[0], type(errors[1])), (shape, errors)
 
 
+@pytest.mark.parametrize(("shape", "axis"), [((2, 5, 3), 1), ((5, 3), 0)])
+def test_the_axis_of_wrong_features_is_named(backend, shape, axis):
+    norm = fastnorm.InstanceNorm1d(6, affine=True, device=backend)
+    with pytest.raises(ValueError, match=f"at dim={axis} to match num_features"):
+        norm(torch.ones(shape, device=backend))
+
+
 def test_wrong_features_warn_where_they_do_not_matter(backend):
     with pytest.warns(UserWarning, match="does not match num_features"):
         fastnorm.InstanceNorm1d(6)(torch.ones(2, 5, 3, device=backend))

@@ -201,6 +201,17 @@ def test_strided_buffers_move(backend):
     assert not wide[0][1::2].any()
 
 
+def test_buffers_that_move_are_of_another_version(backend):
+    """By which autograd knows that what it saved has changed."""
+    buffers = torch.zeros(3, device=backend), torch.ones(3, device=backend)
+    before = [buffer._version for buffer in buffers]
+    x = torch.randn(2, 3, 5, device=backend)
+    FF.instance_norm(x, *buffers, use_input_stats=False)
+    assert [buffer._version for buffer in buffers] == before
+    FF.instance_norm(x, *buffers)
+    assert all(b._version > v for b, v in zip(buffers, before, strict=True))
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 4), (2, 3, 0)], ids=str)
 def test_empty_batches_move_nothing(backend, shape):
     """torch's write NaN into the buffers."""

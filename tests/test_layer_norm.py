@@ -398,6 +398,39 @@ def test_any_strides_of_dy_and_residual(backend, kind, layout):
     case.check()
 
 
+@pytest.mark.parametrize("odd", ["x", "residual", "dy", "dsum"])
+def test_rows_of_one_tensor_that_start_anywhere(backend, odd):
+    """Vectors are loaded of what divides every row's start, whoever's it is."""
+    case = problem("add_layer_norm", (6, 8), backend, activation="tanh")
+    wide = torch.zeros(6, 11, device=backend)
+    wide[:, :8] = getattr(case, odd)
+    setattr(case, odd, wide[:, :8])
+    want = case.run(case.reference_call, case.leaves(torch.float64))
+    leaves = case.leaves()  # clone() drops the strides
+    leaves |= {n: getattr(case, n).detach().requires_grad_() for n in ("x", "residual")}
+    for name, value in case.run(case.call, leaves).items():
+        assert_close(value, want[name], 100, name)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="launches are listed in the interpreter")
+def test_what_nobody_asks_for_is_not_computed(monkeypatch):
+    """In long rows, whose sums take a launch of their own."""
+    import interpreter
+
+    monkeypatch.setattr(row_plans, "WIDEST_ROW_BACKWARD", 64)
+    case = problem("layer_norm", (4, 200), torch.device("cpu"), activation="relu")
+    results = {"x": "dx_ptr", "weight": "dw_partial_ptr", "bias": "db_partial_ptr"}
+    for wanted, result in results.items():
+        leaves = {n: t.requires_grad_(n == wanted) for n, t in case.leaves().items()}
+        with fastnorm.use_backend("triton"), interpreter.trace() as launches:
+            y = case.call(leaves)[0]
+            launches.clear()
+            torch.autograd.grad(y, leaves[wanted], case.dy)
+        (own,) = (each for each in launches if each.kernel == "layer_norm_bwd_kernel")
+        assert [name for name in results.values() if name in own.tensors] == [result]
+        assert any("reduce" in each.kernel for each in launches) == (wanted == "x")
+
+
 @pytest.mark.parametrize("kind", ["rms_norm", "add_rms_norm"])
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: str(d)[6:])
 def test_default_eps_of_rms_norm(backend, kind, dtype):

@@ -160,3 +160,20 @@ def test_a_row_that_is_huge_further_on(backend, monkeypatch):
     y = FF.layer_norm(x.to(backend), (4000,))
     want = F.layer_norm(x.double(), (4000,))
     torch.testing.assert_close(y.cpu().double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_huge_mean_keeps_its_rest(backend, way):
+    """Squares overflow even of what is left of a mean in one float, which is much of a std."""
+    if not kernels_run(backend):
+        pytest.skip("torch's own overflow")
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x = (1e30 + 1e24 * x).to(backend, torch.float32)
+    want = F.layer_norm(x.double(), SHAPE[1:])
+    torch.testing.assert_close(FF.layer_norm(x, SHAPE[1:]).double(), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_zero_keeps_its_sign(backend, way):
+    """Where there is no bias, none is added."""
+    x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1)).to(backend)
+    x[:, ::2] = -0.0
+    assert torch.equal(FF.rms_norm(x, SHAPE[1:]).signbit(), F.rms_norm(x, SHAPE[1:]).signbit())

@@ -333,6 +333,18 @@ def test_float32_parameters_keep_their_precision(backend, kind, dtype):
         assert (y.double() - want).norm() < (y.double() - rounded).norm()
 
 
+@pytest.mark.parametrize("graph", [False, True], ids=["", "create_graph"])
+def test_float32_biases_keep_their_precision(backend, graph):
+    """A bias's gradient rounded to the input's dtype before it is widened."""
+    x, dy = (draw(300, 8, device=backend, dtype=torch.bfloat16, seed=i) for i in range(2))
+    bias = torch.zeros(8, device=backend, requires_grad=True)
+    y = FF.layer_norm(x, (8,), torch.ones(8, device=backend), bias)
+    (db,) = torch.autograd.grad(y, bias, dy, create_graph=graph)
+    assert db.dtype is torch.float32
+    if kernels_run(backend):  # torch's own operator adds up in 16 bits on a CPU
+        assert_close(db, dy.double().sum(0), 300)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("kind", ["AddLayerNorm", "AddRMSNorm"])
 def test_autocast(backend, kind, dtype):

@@ -86,6 +86,7 @@ PARAMETERS = {
 }  # fmt: skip
 INPUTS = {
     "no axis": Bad({"input": torch.ones(()), **BARE}, Exception, ("[]", "[*, 3, 5]")),
+    "other sizes": Bad({"input": torch.ones(2, 5), **BARE}, RuntimeError, ("[2, 5]", "[*, 3, 5]")),
     "one axis fewer": Bad({"input": torch.ones(5), **BARE}, Exception, ("[5]", "[*, 3, 5]")),
     "integers": Bad({"input": torch.ones(4, 3, 5).long()}, NotImplementedError, ("Long",)),
     "integers, bare": Bad(
@@ -106,6 +107,7 @@ EPS = {
     "eps a list": Bad({"eps": [1e-5]}, TypeError, ("eps", "list")),
     "eps of one element": Bad({"eps": torch.ones(1)}, TypeError, ("eps", "Tensor")),
     "eps of two elements": Bad({"eps": torch.ones(2)}, TypeError, ("eps", "Tensor")),
+    "eps an imaginary tensor": Bad({"eps": torch.tensor(1j)}, RuntimeError, ("double",)),
     "eps that requires a gradient": Bad(
         {"eps": torch.tensor(1.0, requires_grad=True)}, TypeError, ("eps",)
     ),

@@ -489,7 +489,10 @@ def test_attributes_changed_later(backend, kind):
         close(ours(x), theirs(x), str(change))
 
 
-@pytest.mark.parametrize("number", [np.float32(0.25), np.float64(0.25), np.float16(0.25), 1, True])
+@pytest.mark.parametrize(
+    "number",
+    [np.float32(0.25), np.float64(0.25), np.float16(0.25), 1, True, torch.tensor(0.25 + 0j)],
+)
 @each_kind
 def test_numbers_of_other_types(backend, kind, number):
     """What a sweep over np.linspace passes on; torch takes them as numbers."""

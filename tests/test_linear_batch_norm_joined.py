@@ -110,6 +110,14 @@ def test_a_gradient_with_a_mean(device, dtype):
             case.check(("dx",), factor=1.1)
 
 
+def test_a_mean_that_the_dtype_does_not_hold(device):
+    """X is stored less x̄ as it is rounded; what that is off by goes to the offset."""
+    case = gram(256, 24, 40, device, BF16, activation="identity", mean=10.0)
+    case = replace(case, dy=(case.dy.double() + 3 * case.reference()["y"]).to(BF16))
+    with form(joined=True):
+        case.check(("dx",), factor=1.1)
+
+
 @pytest.mark.parametrize("signal", [1, 100, 1000])
 def test_a_signal_common_to_all_columns(device, signal):
     """Where W cancels it, A has a second part, and the fused kernel makes dX after all."""

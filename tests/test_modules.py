@@ -334,6 +334,21 @@ def test_batches_are_counted_in_training_alone(backend, name, momentum):
         assert torch.equal(norm.running_mean, before) == (not training)
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("kind", ["BatchNorm1d", "LinearBatchNorm"])
+def test_buffers_that_move_are_of_another_version(backend, kind, training):
+    """By which autograd knows that what it saved has changed."""
+    norm = getattr(fastnorm, kind)(*[3] * (1 + (kind != "BatchNorm1d")), device=backend)
+    norm.train(training)
+    before = [buffer._version for buffer in norm.buffers()]
+    x = torch.randn(4, 3, device=backend)
+    norm(x)
+    moved = [b._version > v for b, v in zip(norm.buffers(), before, strict=True)]
+    if fastnorm.backend_for(x) == "triton":
+        assert moved == [training] * 3
+    assert moved[2] == training  # of the others torch's operator says nothing on a CPU
+
+
 def test_cumulative_average_is_the_average_of_the_batches(backend):
     ours = fastnorm.BatchNorm1d(3, momentum=None).to(backend, torch.float64)
     batches = [torch.randn(5, 3, dtype=torch.float64).to(backend) + i for i in range(4)]
@@ -836,6 +851,30 @@ def test_parts_that_somebody_watches_or_replaces(backend, kind):
     for one in (module, other):
         one.set_submodule(part, nn.Sequential(one.get_submodule(part), nn.Tanh()))
     close(module(x), other(x))
+
+
+@pytest.mark.parametrize("kind", COMPOUND)
+def test_backward_hooks_of_parts_are_called(backend, kind):
+    x = PAIRS[kind].batch(backend, torch.float64).requires_grad_()
+    for hook in ("register_full_backward_hook", "register_full_backward_pre_hook"):
+        for name in (COMPOUND[kind], "norm"):
+            module, seen = PAIRS[kind].both(backend, torch.float64)[0], []
+            getattr(module.get_submodule(name), hook)(lambda *_, seen=seen: seen.append(1))
+            module(x).sum().backward()
+            assert seen == [1], (hook, name)
+
+
+@pytest.mark.parametrize("kind", COMPOUND)
+def test_a_forward_put_in_the_place_of_a_parts_own_is_called(backend, kind):
+    """As libraries that quantize or move layers do, to one object."""
+    x = PAIRS[kind].batch(backend, torch.float64)
+    for name in (COMPOUND[kind], "norm"):
+        module, seen = PAIRS[kind].both(backend, torch.float64)[0], []
+        want = copy.deepcopy(module)(x)
+        part = module.get_submodule(name)
+        part.forward = lambda z, plain=part.forward, seen=seen: (seen.append(1), plain(z))[1]
+        close(module(x), want)
+        assert seen == [1], name
 
 
 def test_a_norm_with_a_forward_of_its_own(backend):

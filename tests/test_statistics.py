@@ -1,4 +1,4 @@
-"""The mean and the standard deviation that the kernels save, wherever an outlier lies."""
+"""The mean and the standard deviation that the kernels save, wherever outliers lie."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,16 @@ from fastnorm.kernels.launch import ChannelView, cdiv
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 EPS = 1e-5
-PLACES = ("first", "middle", "last")
+PLACES = ("first", "middle", "last", "everywhere")
 
 
 def sets(count: int, size: int, place: str, value: float = 1e4) -> Tensor:
-    """(count, size) normal values, and one outlier in each set."""
+    """(count, size) normal values, and one outlier in each set; everywhere: a large mean."""
     x = torch.randn(count, size, generator=torch.Generator().manual_seed(0))
-    x[:, {"first": 0, "middle": size // 2, "last": -1}[place]] = value
+    if place == "everywhere":
+        x += value
+    else:
+        x[:, {"first": 0, "middle": size // 2, "last": -1}[place]] = value
     return x.to(DEVICE)
 
 

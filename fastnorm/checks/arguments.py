@@ -100,6 +100,6 @@ def epsilon(value: object) -> float:
         return value
     if isinstance(value, Real):
         return float(value)
-    if isinstance(value, Tensor) and not (value.ndim or value.requires_grad or value.is_complex()):
+    if isinstance(value, Tensor) and not (value.ndim or value.requires_grad):
         return float(value)
     raise TypeError(f"eps must be a number, but got {type(value).__name__}")

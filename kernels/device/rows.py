@@ -158,7 +158,10 @@ def store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER: tl.const
 @triton.jit
 def load_scale(w_ptr, b_ptr, col, inside, ACC: tl.constexpr):
     """(w, b) of some columns; 1 and −0, which change nothing, where they are absent."""
-    return load_or(w_ptr, col, inside, 1.0, ACC), load_or(b_ptr, col, inside, -0.0, ACC)
+    b = load_or(b_ptr, col, inside, 0.0, ACC)
+    if b_ptr is None:  # a zero loses its sign in tl.full
+        b *= -1.0
+    return load_or(w_ptr, col, inside, 1.0, ACC), b
 
 
 @triton.jit
