@@ -38,6 +38,33 @@ def test_few_channels_fill_a_device(C, N, S, columns):
 
 
 @pytest.mark.parametrize(
+    ("N", "C", "S", "itemsize", "lead"),
+    [
+        (256, 288, 35 * 35, 2, 8),
+        (128, 64, 55 * 55, 2, 8),  # two tiles
+        (8, 8, 55 * 55, 2, 1),  # too few rows to be shared whole
+        (8, 8, 33 * 33, 2, 8),
+        (256, 289, 35 * 35, 2, 1),  # a sample ends within a vector
+        (256, 288, 2045, 2, 1),  # with what lies before it, a tile more
+        (256, 288, 35 * 34, 2, 1),  # loads of 4 bytes are asynchronous
+        (256, 288, 35 * 35, 4, 1),
+        (256, 768, 17 * 17, 2, 1),  # planes side by side
+    ],
+)
+def test_rows_that_begin_within_vectors(N, C, S, itemsize, lead):
+    """Each is one program's, whatever its lead: what programs leave of channels is of one count."""
+    plan = channel_plan(N, C, S, False, itemsize, Device(132))
+    assert plan.lead == lead
+    if lead > 1:
+        across = -(-S // plan.block_s)
+        assert plan.block_s * across >= S + lead - 1
+        assert plan.tiles == N * across
+        assert plan.tiles_per_program % across == 0
+        assert (plan.programs - 1) * plan.tiles_per_program < plan.tiles
+        assert plan.programs * plan.tiles_per_program >= plan.tiles
+
+
+@pytest.mark.parametrize(
     ("batch", "channels", "side", "ways"),
     [
         (16, 320, 8, ("rows", "rows")),  # in registers
