@@ -64,6 +64,7 @@ def cases() -> Iterator[Case]:
             yield case
             yield replace(case, residual=True)
     yield BatchNormCase("resnet50 stage 4, batch 512", (512, 2048, 7, 7), activation="relu")
+    yield BatchNormCase("planes of 13x13", (256, 256, 13, 13), activation="relu")
     yield BatchNormCase("planes of 17x17", (256, 768, 17, 17), activation="relu")
     yield BatchNormCase("planes of 35x35", (256, 288, 35, 35), activation="relu")
     frozen = BatchNormCase("resnet50 stage 1", RESNET50["resnet50 stage 1"], training=False)

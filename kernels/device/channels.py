@@ -73,12 +73,15 @@ def columns_of_block(
 
 @triton.jit
 def planes_of(t, S, CHANNELS: tl.constexpr):
-    """(t, inside): what is by column as (positions, channels), and which of the positions exist."""
+    """(t, inside): what is by column as (positions, channels), and which of the positions exist.
+
+    Transposed from (channels, positions): else Triton 3.6 has each thread hold far too many.
+    """
     POSITIONS: tl.constexpr = t.shape[0] // CHANNELS
-    s = tl.arange(0, POSITIONS)[:, None]
-    column = s + (tl.arange(0, CHANNELS) * S.to(tl.int32))[None, :]
+    s = tl.arange(0, POSITIONS)
+    column = (tl.arange(0, CHANNELS) * S.to(tl.int32))[:, None] + s[None, :]
     t = tl.gather(t, tl.reshape(column, (t.shape[0],)), axis=0)
-    return tl.reshape(t, (POSITIONS, CHANNELS)), s < S
+    return tl.trans(tl.reshape(t, (CHANNELS, POSITIONS))), (s < S)[:, None]
 
 
 @triton.jit
