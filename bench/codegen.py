@@ -34,7 +34,6 @@ LIMITS = {
     "gfx942": (131072 * 4, 64 << 10, 2048),
 }
 
-
 READ_ALONE = ("dy_ptr", "x_ptr", "residual_ptr")  # large arguments that no kernel writes
 
 

@@ -30,9 +30,11 @@ DEFAULT = os.environ.get("FASTNORM_BACKEND", "auto")
 def _is_command() -> bool:
     """Whether this process is the `fastnorm` command, which says in one line what is wrong.
 
-    Python has no name for a module yet while it looks for the one of `python -m`.
+    While Python looks for the module of `python -m`, the command line alone has its name.
     """
-    return sys.argv[:1] == ["-m"] or Path(*sys.argv[:1]).stem == "fastnorm"
+    if sys.argv[:1] == ["-m"]:
+        return "fastnorm" in sys.orig_argv
+    return Path(*sys.argv[:1]).stem == "fastnorm"
 
 
 if not _is_command():

@@ -128,7 +128,7 @@ def channel_plan(
 
 def _plane_plan(N: int, C: int, S: int, planes: int, itemsize: int, device: Device) -> ChannelPlan:
     """The plan where a tile has the planes of so many channels: columns, of N elements each."""
-    align = divisor_class(math.gcd(C, planes) * S, itemsize)
+    align = divisor_class(math.gcd(C, planes) * S, itemsize)  # of a block, and of a sample
     while (  # several times as many a program, while that leaves enough programs
         N * planes * S * itemsize * 2 <= TILE_BYTES
         and 2 * planes * S <= PLANE_COLUMNS[1]

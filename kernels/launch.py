@@ -12,9 +12,9 @@ from fastnorm.kernels.devices import Device
 TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a thread
 WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
 PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
-SECTOR = 32  # bytes that a cache loads together
-LEAST_TILES = 8  # of a program, where there are more than a device has room for already
 COLUMN_PROGRAMS = 3  # the same, where a thread's registers hold the statistics of 8 channels
+LEAST_TILES = 8  # of a program, where there are more than a device has room for already
+SECTOR = 32  # bytes that a cache loads together
 
 
 # Kernel arguments that change from batch to batch: Triton must not compile again where one of them

@@ -141,6 +141,18 @@ def test_environment_nonsense_ends_the_command_with_one_line(way, tmp_path):
     assert done.stderr == ONE_LINE.format("doctor")
 
 
+def test_environment_nonsense_in_a_package_that_is_run(tmp_path):
+    """Whose name Python has not set either while the package imports us."""
+    (tmp_path / "training").mkdir()
+    for name in ("__init__", "__main__"):
+        (tmp_path / "training" / f"{name}.py").write_text("import fastnorm\n")
+    environment = {"FASTNORM_BACKEND": "nonsense", "PYTHONPATH": f"{ROOT}{os.pathsep}{tmp_path}"}
+    command = [sys.executable, "-m", "training"]
+    done = subprocess.run(command, env=os.environ | environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "ValueError: FASTNORM_BACKEND" in done.stderr
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_environment_nonsense_ends_every_command(command, monkeypatch, capsys):
     monkeypatch.setattr(cli, "DEFAULT", "nonsense")

@@ -153,17 +153,18 @@ for case in (((2, 12, 2), 6), ((3, 33, 7), 3), ((2, 6, 8, 8), 2)):  # one vector
     CONTIGUOUS += [("in tiles", IN_TILES, *case), ("shared", SHARED, *case)]
 
 
+def plan_runs(monkeypatch, constants):
+    for name, value in constants.items():
+        monkeypatch.setattr(pytest.importorskip("fastnorm.kernels.run_plans"), name, value)
+
+
 @pytest.mark.parametrize(
     ("way", "constants", "shape", "num_groups"),
     CONTIGUOUS,
     ids=lambda value: "" if isinstance(value, dict) else str(value),
 )
 def test_contiguous_groups(backend, monkeypatch, way, constants, shape, num_groups):
-    for name, value in constants.items():
-        run_plans = pytest.importorskip("fastnorm.kernels.run_plans")
-        monkeypatch.setattr(run_plans, name, value)
-        if name == "WHOLE_BYTES":
-            monkeypatch.setattr("fastnorm.kernels.group_plans.WHOLE_BYTES", value)
+    plan_runs(monkeypatch, constants)
     for dtype in (torch.float32, torch.bfloat16):
         for residual in (False, True):
             options = {"residual": residual, "activation": "silu"}
@@ -175,9 +176,7 @@ def test_contiguous_groups(backend, monkeypatch, way, constants, shape, num_grou
 )
 def test_rows_that_begin_within_vectors(backend, small_tiles, monkeypatch, shape, num_groups):
     """Odd ones of 16 bits, of groups that are shared: of several tiles, full ones, and one."""
-    for name, value in SHARED.items():
-        run_plans = pytest.importorskip("fastnorm.kernels.run_plans")
-        monkeypatch.setattr(run_plans, name, value)
+    plan_runs(monkeypatch, SHARED)
     options = {"activation": "silu", "mean": 100.0}
     problem(shape, num_groups, backend, torch.bfloat16, **options).check()
     problem(shape, num_groups, backend, torch.float16, residual=True, **options).check()
