@@ -85,13 +85,16 @@ def stages_of(rows: int, columns: int, loaded: int, programs: int, device: Devic
 
 def row_tile(
     shapes: tuple[tuple[int, int, int], ...],
-    N: int, itemsize: int, align: int, loaded: int, device: Device,
+    N: int, itemsize: int, loaded: int, many: bool, device: Device,
 ) -> tuple[int, int, int, dict[str, int], int]:  # fmt: skip
-    """(rows, columns, stages, options, programs of a multiprocessor) of a forward of whole rows."""
+    """(rows, columns, stages, options, programs of a multiprocessor) of a forward of whole rows.
+
+    `many`: each element wants more registers.
+    """
     wide = registers_of(itemsize)
     block_n = power_of_two(N)
     _, each, resident_warps = next(f for f in shapes if block_n * wide <= f[0])
-    if align < 4 or itemsize > 2:
+    if many:
         each, resident_warps = each // 2, max(resident_warps, ROW_WARPS)
     block_m = max(32 * each // (block_n * wide), 1)
     num_warps = _warps(block_m * block_n * wide, each)
@@ -108,7 +111,7 @@ def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Dev
     """
     if N * registers_of(itemsize) <= WIDEST_ROW:
         block_m, block_n, stages, options, together = row_tile(
-            ROW_FORWARD, N, itemsize, align, loaded, device
+            ROW_FORWARD, N, itemsize, loaded, align < 4 or itemsize > 2, device
         )
         return RowPlan(
             True, block_m, block_n, stages, options,

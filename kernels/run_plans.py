@@ -94,8 +94,9 @@ def kept_run_plan(
     widest = WIDEST_ROW if _are_few(N, G, device) else KEPT_RUN
     if not _fits(L, itemsize, within, widest):
         return None
+    many = align < (8 if within == 1 else 4) or itemsize > 2
     block_m, block_n, stages, options, together = row_tile(
-        RUN_FORWARD, L, itemsize, align, loaded, device
+        RUN_FORWARD, L, itemsize, loaded, many, device
     )
     return _kept(N, G, L, itemsize, block_m, block_n, stages, options, together, device)
 

@@ -18,6 +18,7 @@ from unittest import mock
 
 import mended
 import numpy as np
+import shapes_once
 import torch
 import triton
 import triton.language as tl
@@ -159,6 +160,7 @@ def mend() -> None:
     """Repair Triton's interpreter, once for all: what runs, and what runs it."""
     if upstream.GridExecutor is not _GridExecutor:
         mended.mend()
+        shapes_once.mend()
         upstream.GridExecutor = _GridExecutor
 
 

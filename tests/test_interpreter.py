@@ -183,6 +183,25 @@ def test_dot_refuses_what_the_compiler_refuses():
 
 
 @triton.jit
+def shape_kernel(y_ptr, SIZE: tl.constexpr):
+    x = tl.full((2, SIZE), 1.0, tl.float32)
+    tl.static_assert(x.type.numel == 2 * SIZE and x.type.shape[1] == SIZE)
+    tl.static_assert(x.type == tl.block_type(tl.float32, [2, SIZE]))
+    tl.static_assert(x.type != tl.block_type(tl.float32, [SIZE, 2]))
+    tl.store(y_ptr, tl.sum(x) + x.shape[0] + x.numel)
+
+
+def test_shapes_are_what_the_compiler_takes():
+    y = torch.zeros(1)
+    for _ in range(2):  # made, and found again
+        shape_kernel[(1,)](y, SIZE=4)
+        assert y.item() == 8 + 2 + 8
+        for size, error in ((3, "power of 2"), (4.0, "must have type")):
+            with pytest.raises(triton.runtime.interpreter.InterpreterError, match=error):
+                shape_kernel[(1,)](y, SIZE=size)
+
+
+@triton.jit
 def fma_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     i = tl.arange(0, BLOCK)
     x = tl.load(x_ptr + i)
