@@ -199,6 +199,8 @@ def test_shapes_are_what_the_compiler_takes():
         for size, error in ((3, "power of 2"), (4.0, "must have type")):
             with pytest.raises(triton.runtime.interpreter.InterpreterError, match=error):
                 shape_kernel[(1,)](y, SIZE=size)
+            with pytest.raises((TypeError, ValueError), match=error):
+                tl.block_type(tl.float32, [2, size])
 
 
 @triton.jit
