@@ -538,7 +538,9 @@ def test_ctrl_c_in_a_process_of_its_own(tmp_path):
         out, err = process.communicate(timeout=30)
     finally:
         process.kill()
-    assert process.returncode == 130
+    # Python ends itself by the signal, for a shell 130 too, where it came while a string was run,
+    # as in the making of a dataclass, although it was caught
+    assert process.returncode in (130, -signal.SIGINT)
     assert out == ""
     assert err == "fastnorm train: interrupted, nothing was written\n"
     assert list(tmp_path.iterdir()) == []
