@@ -273,6 +273,7 @@ def main() -> None:
     parser.add_argument(
         "--options", action="store_true", help="each option of each operation, not real shapes"
     )
+    parser.add_argument("--first", action="store_true", help="each kernel once, in its first case")
     parser.add_argument("--out", type=Path, help="write the Markdown report here")
     parser.add_argument("--json", type=Path, help="write every figure here")
     arguments = parser.parse_args()
@@ -280,11 +281,12 @@ def main() -> None:
         sys.exit("codegen.py compiles: unset TRITON_INTERPRET")
     chosen = OPTION_CASES if arguments.options else CASES
     cases = [c for c in chosen if not arguments.families or c.family in arguments.families]
-    codes = [
-        inspect(case, launched, target)
-        for target in arguments.targets
-        for case, launched in specialisations(cases, target)
-    ]
+    codes = []
+    for target in arguments.targets:
+        found = specialisations(cases, target)
+        if arguments.first:
+            found = list({launch.name: (case, launch) for case, launch in reversed(found)}.values())
+        codes += [inspect(case, launched, target) for case, launched in found]
     text = report(codes)
     if arguments.out:
         arguments.out.write_text(text)

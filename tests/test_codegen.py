@@ -42,20 +42,20 @@ def run(script: str, *arguments: str) -> str:
 
 @pytest.fixture(scope="module")
 def codes(request, tmp_path_factory) -> list[dict]:
+    """Of every case of the benchmarks, or, to be quick, of the first of each kernel."""
     path = tmp_path_factory.mktemp("codegen") / "codes.json"
-    run("codegen.py", "--targets", request.param, "--json", str(path))
+    run("codegen.py", "--targets", *request.param.split(), "--json", str(path))
     return json.loads(path.read_text())
 
 
-def _target(name: str) -> object:
+def _target(words: str) -> object:
     """One worker compiles what all tests of a target look at."""
-    slow = [] if name == "sm_90" else [pytest.mark.slow]
-    return pytest.param(name, marks=[pytest.mark.xdist_group(f"codegen {name}"), *slow])
+    slow = [] if "--first" in words else [pytest.mark.slow]
+    return pytest.param(words, marks=[pytest.mark.xdist_group(f"codegen {words}"), *slow])
 
 
-targets = pytest.mark.parametrize(
-    "codes", [_target(t) for t in ("sm_90", "sm_80", "sm_100", "sm_120", "gfx942")], indirect=True
-)
+TARGETS = ("sm_90 --first", "sm_90", "sm_80", "sm_100", "sm_120", "gfx942")
+targets = pytest.mark.parametrize("codes", [_target(words) for words in TARGETS], indirect=True)
 
 
 @targets
