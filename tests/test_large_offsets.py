@@ -56,11 +56,14 @@ VIEWS = {
 }
 
 
+SHARED = ("rows, split", "columns, split")  # by many programs, all of which run
 lazy = pytest.mark.skipif(torch.cuda.is_available(), reason="memory is not lazy on a GPU")
 
 
 @lazy
-@pytest.mark.parametrize("name", VIEWS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(v, marks=pytest.mark.slow) if v in SHARED else v for v in VIEWS]
+)
 def test_beyond_2_to_the_31_elements(first_channels_only, name):
     view, multiprocessors = VIEWS[name]
     assert view.N * view.C * view.S > 2**31
