@@ -6,7 +6,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import each_dtype, memory_formats
+from cases import FLOATS, OFTEN, memory_formats
 from test_batch_norm_adversarial import NAMES, adversarial, error
 from torch import Tensor
 
@@ -52,8 +52,16 @@ def judge(got: list[Tensor], theirs: list[Tensor], want: list[Tensor], x: Tensor
         assert mine <= max(2 * others, floor), (label, mine, others, floor)
 
 
-@each_dtype
-@pytest.mark.parametrize(("shape", "num_groups"), SHAPES, ids=str)
+def often(shape: tuple[int, ...], num_groups: int, dtype: torch.dtype) -> object:
+    """Of several tiles, one dtype is enough where a minute counts."""
+    slow = dtype not in (OFTEN[:1] if math.prod(shape) > 10_000 else OFTEN)
+    words = f"{shape}-{num_groups}-{str(dtype)[6:]}"
+    return pytest.param(shape, num_groups, dtype, marks=[pytest.mark.slow] * slow, id=words)
+
+
+@pytest.mark.parametrize(
+    ("shape", "num_groups", "dtype"), [often(*case, dtype) for dtype in FLOATS for case in SHAPES]
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_error_is_at_most_torchs(backend, name, shape, dtype, num_groups):
     if name == "large" and dtype is torch.float64:
