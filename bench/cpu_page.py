@@ -1,4 +1,4 @@
-"""bench/results/cpu.md: torch.nn's own norm layers on a CPU, each against fastnorm's.
+"""bench/results/cpu*.md: torch.nn's own norm layers on a CPU, each against fastnorm's.
 
 Three goals are judged, from one run: calls that torch.nn serves in less than 20 µs within 1.3 times
 its time; no other slower than 0.97 of torch.nn's speed, beyond noise; and 1.5 times its speed, in
@@ -11,6 +11,7 @@ cases of the run. A case that only noise above LOUD excuses is named too: it is 
 
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from markdown import paragraph, table
@@ -119,14 +120,14 @@ def _name(case: Result) -> str:
     return f"{case['operation']} {shape} {case['layout']} {case['dtype']} {case['pass']}"
 
 
-def page(result: Result, machine: str) -> str:
-    """The whole file."""
+def page(result: Result, machine: str, place: Path) -> str:
+    """The whole file, of a run that left its results at that place."""
     cases = norms(result)
     parts = [
         "# torch.nn's norm layers on a CPU",
         machine,
-        paragraph(f"""Remake with `fastnorm bench --device cpu --peers none --out bench/results/cpu`
-            and `make results`. Calls of both libraries take turns in one process, over buffers
+        paragraph(f"""Remake with `fastnorm bench --device cpu --peers none --out {place}` and
+            `make results`. Calls of both libraries take turns in one process, over buffers
             larger than the cache, {result["arguments"]["rounds"]} rounds. Ratio: torch.nn's time
             over fastnorm's, of best times, and in brackets the median over rounds. Noise: how far
             torch.nn's ratio to itself is from 1, in the same rounds, the worse of the two ways.

@@ -1,4 +1,4 @@
-"""Put measured results into README.md, bench/results/cpu.md and the docs; none is typed by hand.
+"""Put measured results into README.md, bench/results/cpu*.md and the docs; none is typed by hand.
 
 `python bench/render.py` (`make results`) reads what `fastnorm bench` left under bench/results, a
 folder a device, the reports of `make traffic` and `make codegen`, and linear_batch_norm.json.
@@ -37,7 +37,7 @@ def benchmarks() -> dict[Path, dict[str, Any]]:
 
 
 def is_cpu_page(result: dict[str, Any]) -> bool:
-    """Whether bench/results/cpu.md is about this run: the one of every layer on a CPU."""
+    """Whether this run has a page: one of every layer on a CPU."""
     return bool(result["machine"]["device"] == "cpu" and not result["arguments"]["quick"])
 
 
@@ -144,8 +144,9 @@ def block() -> str:
     for folder, result in found.items():
         parts += device(folder, result)
         if is_cpu_page(result):
-            page = "[bench/results/cpu.md](bench/results/cpu.md)"
-            parts += [f"torch.nn's own layers, one by one, in {page}:", cpu_page.verdict(result)]
+            page = f"{folder.relative_to(ROOT)}.md"
+            words = f"torch.nn's own layers, one by one, in [{page}]({page}):"
+            parts += [words, cpu_page.verdict(result)]
     return "\n\n".join([*parts, *traffic(), *codegen(), END])
 
 
@@ -179,9 +180,10 @@ def pages() -> dict[Path, str]:
         readme: replaced(readme, BEGIN, block(), END),
         linear: replaced(linear, TIMES, linear_times(), TIMES_END),
     }
-    for result in benchmarks().values():
+    for folder, result in benchmarks().items():
         if is_cpu_page(result):
-            made[RESULTS / "cpu.md"] = cpu_page.page(result, machine(result))
+            place = folder.relative_to(ROOT)
+            made[folder.with_suffix(".md")] = cpu_page.page(result, machine(result), place)
     return made
 
 

@@ -1,4 +1,4 @@
-"""README's results and bench/results/cpu.md are what `make results` gives of what is committed."""
+"""README's results and bench/results/cpu*.md are what `make results` gives of what is committed."""
 
 import copy
 import json
