@@ -258,6 +258,14 @@ def test_meta_device():
     assert model[1].weight.is_meta
 
 
+def test_a_default_device_that_is_not_the_models():
+    model = nn.Sequential(nn.LayerNorm(8), RootMeanSquare(8))
+    with torch.device("meta"):
+        fastnorm.convert(model)
+    assert isinstance(model[1], ForeignRMSNorm)
+    assert not model[1].weight.is_meta
+
+
 def test_subclass_keeps_its_own():
     model = fastnorm.convert(nn.Sequential(OwnBatchNorm(4)))
     assert isinstance(model[0], fastnorm.BatchNorm2d)

@@ -400,6 +400,19 @@ def test_backward_uses_the_buffers_of_its_forward(monkeypatch):
     torch.testing.assert_close(torch.autograd.grad(y.sum(), x)[0], want)
 
 
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch is without oneDNN")
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_tensors_in_onednn_s_own_layout(way, training):
+    """torch.utils.mkldnn and JIT-compiled models have them; their memory is not to be looked at."""
+    x, w, b = draw(4, 8, 6, 5, dtype=torch.float32), torch.rand(8), torch.rand(8)
+    results = []
+    for function in (ours, composition):
+        mean, var = torch.rand(2, 8, generator=torch.Generator().manual_seed(1))
+        y = function(x.to_mkldnn(), mean, var, w, b, training, 0.3, 1e-5, None, "relu")
+        results.append([y.to_dense(), mean, var])
+    assert all(map(torch.equal, *results))
+
+
 def test_same_bits_every_time(way):
     x, dy = draw(4, 3, 20, 20, dtype=torch.float32), draw(4, 3, 20, 20, dtype=torch.float32, seed=6)
     first, second = (everything(ours, x, dy, training=True, activation="relu") for _ in range(2))

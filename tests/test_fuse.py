@@ -27,6 +27,7 @@ import fastnorm
 from fastnorm.existing import calls
 from fastnorm.existing.classes import PLANS
 from fastnorm.existing.fuse import FusedForward, Plan, candidate, first_plans
+from fastnorm.kernels import cost
 
 
 def runs(model):
@@ -234,6 +235,43 @@ def test_sums_and_activations(way, want):
         near(ours.eval()(x), theirs.eval()(x))
     else:
         assert_same_training(ours, theirs, lambda model: model(x))
+
+
+class Overwritten(nn.Module):
+    """What an activation returns is changed in place, in several ways."""
+
+    def __init__(self, act, way):
+        super().__init__()
+        self.lin, self.norm, self.act, self.way = nn.Linear(4, 4), nn.BatchNorm1d(4), act, way
+
+    def forward(self, x):
+        y = self.act(self.norm(self.lin(x)))
+        if self.way == "sum":
+            y += x
+        elif self.way == "view":
+            y.flatten().mul_(2)
+        elif self.way == "function":
+            y = F.dropout(y, 0.0, inplace=True)
+        elif self.way == "last":
+            y = x * y
+            y += x
+        return y
+
+
+@pytest.mark.parametrize("way", ["sum", "view", "function", "last"])
+@pytest.mark.parametrize("act", [nn.LeakyReLU(), nn.ReLU6(), nn.ELU(), nn.SiLU()], ids=str)
+def test_an_activation_whose_output_is_changed_in_place(act, way, backend, monkeypatch):
+    """torch takes these derivatives from the input; ours, of many rows, from the output."""
+    torch.manual_seed(0)
+    theirs = Overwritten(act, way).to(backend)
+    ours = fastnorm.fuse(copy.deepcopy(theirs))
+    stays = way != "last" and not isinstance(act, nn.SiLU)
+    assert runs(ours) == {"": ["lin → norm" if stays else "lin → norm → act"]}
+    x = torch.randn(64, 4, device=backend)
+    monkeypatch.setattr(cost, "SMALL", 0)
+    algorithm = "unfused" if isinstance(act, nn.SiLU) else "gram"
+    monkeypatch.setattr(cost, "choose", lambda *_, **__: algorithm)
+    assert_same_training(ours, theirs, lambda model: model(x))
 
 
 class PreNorm(nn.Module):

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastnorm
 from fastnorm import signals
+from fastnorm.signals.moments import MANY
 
 
 @pytest.fixture(autouse=True)
@@ -273,6 +274,19 @@ def test_tensors_that_are_no_plain_ones():
     with signals.record(model) as seen:
         model(torch.randn(4, 3).as_subclass(Wrapped)).sum().backward()
     assert by_name(seen)["1"].gradient_norm == pytest.approx(math.sqrt(12))
+
+
+def test_a_default_device_that_is_not_the_models():
+    model = nn.Sequential(nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 2))
+    x, seen = torch.randn(16, 8), []
+    for device in ("cpu", "meta"):
+        with torch.device(device), signals.record(model) as recorded:
+            for _ in range(MANY + 1):
+                model.zero_grad()
+                model(x).sum().backward()
+        seen.append(recorded)
+    assert seen[0].table() == seen[1].table()
+    assert [str(one) for one in seen[0].findings()] == [str(one) for one in seen[1].findings()]
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")

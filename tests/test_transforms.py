@@ -285,7 +285,7 @@ LARGE: dict[str, tuple[Function, tuple[int, ...], tuple[int, ...], Any]] = {
         (2, 4, 128, 128), (4,), torch.channels_last,
     ),
     "instance_norm": (
-        lambda x, w: FF.instance_norm(x, None, None, w), (2, 4, 64, 64), (4,), torch.channels_last
+        lambda x, w: FF.instance_norm(x, None, None, w), (2, 4, 96, 96), (4,), torch.channels_last
     ),
     "rms_norm": (lambda x, w: FF.rms_norm(x, w.shape, w, 1e-3), (512, 256), (256,), None),
     "linear_batch_norm": (
@@ -320,6 +320,21 @@ def test_backwards_of_large_tensors(name):
         assert not batch[1].any()
         assert not exact.requires_grad
         assert not tangent.requires_grad
+
+
+@pytest.mark.unchecked  # whose torch.empty is none of those that torch.device knows
+@pytest.mark.parametrize("name", LARGE)
+def test_large_tensors_elsewhere_than_on_the_default_device(name):
+    """What is allocated on the way is where the input is, as in torch's operators."""
+    function, shape, parameter, memory_format = LARGE[name]
+    x, weight = torch.randn(shape), torch.randn(parameter).requires_grad_()
+    x = (x if memory_format is None else x.to(memory_format=memory_format)).requires_grad_()
+    dy, found = torch.randn_like(function(x, weight)), []
+    for device in ("cpu", "meta"):
+        with torch.device(device):
+            y = function(x, weight)
+            found.append([y, *torch.autograd.grad(y, (x, weight), dy)])
+    assert all(map(torch.equal, *found))
 
 
 class _Constant(torch.autograd.Function):

@@ -62,8 +62,13 @@ def batch_norm(
         )  # fmt: skip
     cpu = input.is_cpu
     dense = own = False
-    # a graph is not asked for its sizes: it would be compiled again for others
-    plain = not cpu or torch.compiler.is_compiling() or input.numel() < batch_norm_cpu.SMALL
+    plain = (
+        not cpu
+        or input.is_mkldnn  # which has no strides
+        # a graph is not asked for its sizes: it would be compiled again for others
+        or torch.compiler.is_compiling()
+        or input.numel() < batch_norm_cpu.SMALL
+    )
     if not plain:
         dense = native.is_dense(input)
         own = is_slow(input, training, eps)

@@ -70,7 +70,7 @@ def normalize(
         return output, *apply_moments(found, output, weight, bias, statistics)
     running_mean, running_var, *_ = statistics
     mean, rstd = (
-        torch.empty(0, dtype=native.WIDER.get(input.dtype, input.dtype)) for _ in range(2)
+        input.new_empty(0, dtype=native.WIDER.get(input.dtype, input.dtype)) for _ in range(2)
     )
     torch.native_batch_norm(input, weight, bias, *statistics, out=(output, mean, rstd))
     if not training and running_mean is not None and running_var is not None:

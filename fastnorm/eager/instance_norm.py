@@ -153,7 +153,7 @@ def _normalize(
     """Output, mean and rstd of channels_last input; fills the statistics."""
     output = native.empty_like(input)
     dtype = native.WIDER.get(input.dtype, input.dtype)
-    mean, rstd = torch.empty(2, *input.shape[:2], dtype=dtype)
+    mean, rstd = input.new_empty(2, *input.shape[:2], dtype=dtype)
     own_sums = dtype is input.dtype and eps > 1e-30  # 16 bits are rounded more than torch's sums
     for n, (x, y) in enumerate(zip(torch.split(input, 1), torch.split(output, 1), strict=True)):
         running = (None, None) if statistics is None else (t[n] for t in statistics)

@@ -88,7 +88,7 @@ def scale_shift(
     output: Tensor,
 ) -> None:
     """Write `scale (input − mean) / √(var + eps) + shift` to output, which may be the input."""
-    unused = torch.empty(0, dtype=mean.dtype)
+    unused = mean.new_empty(0)
     torch.native_batch_norm(
         input, scale, shift, mean, var, False, 0.0, eps, out=(output, unused, unused)
     )

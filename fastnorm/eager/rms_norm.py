@@ -87,7 +87,7 @@ def _normalize(
     size = torch.Size(shape).numel()
     x, w = input.reshape(-1, size), _vector(weight, dtype)
     y = native.empty_like(input, memory_format=torch.contiguous_format)
-    rstd = torch.empty(x.shape[0], 1, dtype=dtype)
+    rstd = input.new_empty(x.shape[0], 1, dtype=dtype)
     for rows in _chunks(x):
         wide, out = x[rows].to(dtype), y.view(x.shape)[rows]
         norm = _squares(wide, out=rstd[rows])
@@ -156,8 +156,8 @@ def _gradients(
     size = input.numel() // rows_of
     x, g, w = input.reshape(-1, size), dy.reshape(-1, size), _vector(weight, dtype)
     dx = native.empty_like(input, memory_format=torch.contiguous_format) if wanted[0] else None
-    total = torch.zeros(size, dtype=dtype) if wanted[1] else None
-    zero = torch.zeros(min(rows_of, max(CHUNK // size, 1)), 1, dtype=dtype)
+    total = rstd.new_zeros(size) if wanted[1] else None
+    zero = rstd.new_zeros(min(rows_of, max(CHUNK // size, 1)), 1)
     for rows in _chunks(x):
         wide, dz, r = x[rows].to(dtype), g[rows].to(dtype), rstd[rows]
         centered, dw, _ = aten.native_layer_norm_backward.default(

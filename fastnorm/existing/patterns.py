@@ -20,6 +20,8 @@ from fastnorm.modules.attributes import is_hooked
 from fastnorm.structure import layers
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+FROM_INPUT = ("relu6", "leaky_relu", "elu")
+"""Activations whose derivative torch takes from their input, ours at times from their output."""
 
 
 @dataclass
@@ -166,7 +168,25 @@ class Graph:
         if module is not None and is_hooked(module):
             self._refuse(node, f"{user.target} has hooks")
             return None
+        if self._activation(user) in FROM_INPUT and self._is_overwritten(user):
+            self._refuse(node, "the output of its activation is changed in place")
+            return None
         return user
+
+    def _is_overwritten(self, node: fx.Node) -> bool:
+        """Whether what `node` returns is changed in place later."""
+        return any(
+            other is not node
+            and self._changes(other)
+            and node in {nodes.root(one) for one in other.all_input_nodes}
+            for other in self.order
+        )
+
+    def _changes(self, node: fx.Node) -> bool:
+        """Whether a function or method, or a module or one within it, changes what it is given."""
+        module = self.module(node)
+        inside = module.modules() if module is not None else ()
+        return nodes.changes(node) or any(getattr(one, "inplace", False) for one in inside)
 
     def _activation(self, node: fx.Node) -> str | None:
         """The activation that a node is, with arguments that ours has too."""
@@ -207,8 +227,7 @@ class Graph:
             inside = set(module.modules()) if module is not None else set()
             if moved & inside:
                 return self._refuse_run(run, "it is called again in between")
-            in_place = nodes.changes(node) or any(getattr(one, "inplace", False) for one in inside)
-            if in_place and watched & {nodes.root(one) for one in node.all_input_nodes}:
+            if self._changes(node) and watched & {nodes.root(one) for one in node.all_input_nodes}:
                 return self._refuse_run(run, "a tensor is changed in place in between")
         return False
 

@@ -115,7 +115,7 @@ def _copy(module: nn.Module, dtype: torch.dtype, training: bool) -> nn.Module:
         if tensor is None:
             parameters[name] = None
             continue
-        values = torch.randn(tensor.shape, generator=generator)
+        values = torch.randn(tensor.shape, generator=generator, device="cpu")
         parameters[name] = nn.Parameter(values.to(_device(module), dtype))
     copy.__dict__.update(_parameters=parameters, training=training)
     return copy
@@ -143,7 +143,7 @@ def _inputs(module: nn.Module, swap: SwapLike, dtype: torch.dtype) -> Iterator[T
         shapes = first if "contiguous" in swap.attributes else trailing
     for scale in (1.0, 1e-3):
         for size in shapes:
-            x = (torch.randn(size, generator=generator) + 0.5) * scale
+            x = (torch.randn(size, generator=generator, device="cpu") + 0.5) * scale
             yield x.to(_device(module), dtype)
 
 
@@ -157,7 +157,7 @@ def _outcome(module: nn.Module, x: Tensor) -> Outcome:
         if not isinstance(y, Tensor) or y.shape != x.shape or not y.requires_grad:
             return None
         generator = torch.Generator().manual_seed(2)
-        dy = torch.randn(y.shape, generator=generator).to(y.device, y.dtype)
+        dy = torch.randn(y.shape, generator=generator, device="cpu").to(y.device, y.dtype)
         return [y.detach(), *torch.autograd.grad(y, leaves, dy)]
     except Exception:  # a forward may raise anything for a shape that it was not made for
         return None

@@ -61,7 +61,7 @@ class First:
         """All events so far as one: inf where all were finite."""
         device = waiting[0][1].device
         stacked = torch.stack([value.to(device) for _, value in waiting])
-        events = torch.tensor([event for event, _ in waiting], dtype=torch.float32).to(device)
+        events = torch.tensor([event for event, _ in waiting], dtype=torch.float32, device=device)
         first = torch.where(stacked.isfinite(), math.inf, events).min()
         if self.before is not None:
             first = torch.minimum(first, self.before.to(device))

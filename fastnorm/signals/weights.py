@@ -131,12 +131,12 @@ def alike(projections: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     """By layer, the share of units that have a twin, from (weight, gradient) on the CPU."""
     if not projections:
         return []
-    sizes = torch.tensor([len(weight) for weight, _ in projections])
-    layer = torch.arange(len(projections)).repeat_interleave(sizes)
+    sizes = torch.tensor([len(weight) for weight, _ in projections], device="cpu")
+    layer = torch.arange(len(projections), device="cpu").repeat_interleave(sizes)
     both = torch.stack([torch.cat([pair[k] for pair in projections]).double() for k in (0, 1)])
-    finite = torch.ones(len(projections), dtype=torch.bool)
+    finite = torch.ones_like(sizes, dtype=torch.bool)
     finite[layer[~both.isfinite().all(0)]] = False
-    largest = torch.zeros(2, len(projections), dtype=torch.float64)
+    largest = both.new_zeros(2, len(projections))
     largest.scatter_reduce_(1, layer.expand(2, -1), both.abs(), "amax")
     largest.clamp_(min=torch.finfo(torch.float64).tiny)
     steps = (both / (ALIKE * largest[:, layer])).round().nan_to_num_(0.0, 0.0, 0.0)
@@ -144,7 +144,7 @@ def alike(projections: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
     keys = (layer * WIDE + steps[0] * (4 / ALIKE) + steps[1]).sort().values
     same = keys.diff() == 0
     twins = nn.functional.pad(same, (1, 0)) | nn.functional.pad(same, (0, 1))
-    count = torch.zeros(len(projections), dtype=torch.float64).index_add_(0, layer, twins.double())
+    count = both.new_zeros(len(projections)).index_add_(0, layer, twins.double())
     shares: list[float] = (count / sizes).where(finite & (sizes > 0), 0.0).tolist()
     return shares
 
