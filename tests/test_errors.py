@@ -302,6 +302,15 @@ def torchs_composition(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return call
 
 
+NO_TENSORS = {
+    f"{name} {value!r}": Bad({name: value}, TypeError, (name, type(value).__name__))
+    for name, value in (("input", [1.0]), ("weight", 2.0), ("bias", [1.0, 2.0, 3.0]))
+}
+NO_TENSORS |= {
+    f"no {name}": Bad({name: None}, TypeError, (name, "None")) for name in ("input", "weight")
+}
+
+
 LINEAR = {
     "in_features": Bad({"input": torch.ones(6, 5)}, RuntimeError, ("[6, 5]", "[3, 4]")),
     "one axis": Bad({"input": torch.ones(4)}, RuntimeError, ("[4]", "[3, 4]")),
@@ -336,6 +345,7 @@ LINEAR = {
     ),
     "bias elsewhere": Bad({"bias": torch.ones(3, device=META)}, RuntimeError, ("meta", "cpu")),
     "norm_weight elsewhere": Bad({"norm_weight": torch.ones(3, device=META)}, RuntimeError, ()),
+    **NO_TENSORS,
     "activation": Bad({}, ValueError, ("'swish'", *ACTIVATIONS), {"activation": "swish"}),
     "algorithm": Bad({}, ValueError, ("'magic'", "auto", "unfused"), {"algorithm": "magic"}),
 }  # fmt: skip
@@ -367,6 +377,7 @@ CONV = {
         {"weight": torch.ones(3, 4, 1, 1).long()}, RuntimeError, ("weight", "Long")
     ),
     "norm_bias elsewhere": Bad({"norm_bias": torch.ones(3, device=META)}, RuntimeError, ()),
+    **NO_TENSORS,
     "activation": Bad({}, ValueError, ("'swish'", *ACTIVATIONS), {"activation": "swish"}),
 }  # fmt: skip
 
@@ -421,6 +432,8 @@ COMPOUND = {
     "linear, one axis": ("linear", torch.ones(4)),
     "linear, one value per channel": ("linear", torch.ones(1, 4)),
     "linear, integers": ("linear", torch.ones(6, 4).long()),
+    "linear, nothing": ("linear", None),
+    "linear, a list": ("linear", [[1.0] * 4] * 6),
     "linear, elsewhere": ("linear", torch.ones(6, 4, device=META)),
     "conv, in_channels": ("conv", torch.ones(2, 5, 6, 6)),
     "conv, without a batch": ("conv", torch.ones(4, 6, 6)),
@@ -428,6 +441,8 @@ COMPOUND = {
     "conv, five axes": ("conv", torch.ones(2, 4, 6, 6, 6)),
     "conv, one value per channel": ("conv", torch.ones(1, 4, 3, 3)),
     "conv, smaller than the kernel": ("conv", torch.ones(2, 4, 2, 2)),
+    "conv, nothing": ("conv", None),
+    "conv, a list": ("conv", [1.0]),
     "conv, elsewhere": ("conv", torch.ones(2, 4, 6, 6, device=META)),
 }  # fmt: skip
 
@@ -449,7 +464,7 @@ def test_compound_modules(backend, name):
     before = tensors_of(ours)
     error = raised_by(lambda: ours(to(backend, x)))
     assert isinstance(error, kind), f"{error!r}; torch: {want!r}"
-    assert isinstance(error, RuntimeError | ValueError)
+    assert isinstance(error, RuntimeError | ValueError | TypeError)
     assert tensors_of(ours) == before
 
 

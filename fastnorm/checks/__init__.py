@@ -7,11 +7,11 @@ were. They also run on every call: each asks as little as it can of a good one.
 from fastnorm.checks.arguments import (
     activation,
     algorithm,
+    convolution,
     epsilon,
     fixed_momentum,
     linear,
     momentum,
-    product,
     residual,
 )
 from fastnorm.checks.statistics import (
@@ -25,13 +25,13 @@ __all__ = [
     "activation",
     "algorithm",
     "batch_statistics",
+    "convolution",
     "epsilon",
     "fixed_momentum",
     "group_statistics",
     "instance_statistics",
     "linear",
     "momentum",
-    "product",
     "residual",
     "row_statistics",
 ]

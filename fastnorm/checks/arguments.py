@@ -5,7 +5,7 @@ from numbers import Real
 
 from torch import Tensor
 
-from fastnorm.checks.refusals import FLOATS, refuse, scalar_type
+from fastnorm.checks.refusals import FLOATS, refuse, require_operands, scalar_type
 from fastnorm.eager.activations import ACTIVATIONS, OUTPUT_GRADS
 
 
@@ -69,12 +69,30 @@ def residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    if input.ndim < 2 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
-        raise RuntimeError(
-            "a linear layer with batch statistics needs an input (*, in_features) and a weight "
-            f"(out_features, in_features), but got {list(input.shape)} and {list(weight.shape)}"
-        )
-    product(input, weight, bias)
+    try:  # costs nothing until it fails
+        if input.ndim < 2 or weight.ndim != 2 or input.shape[-1] != weight.shape[1]:
+            raise RuntimeError(
+                "a linear layer with batch statistics needs an input (*, in_features) and a weight "
+                f"(out_features, in_features), but got {list(input.shape)} and {list(weight.shape)}"
+            )
+        product(input, weight, bias)
+    except AttributeError:
+        require_operands(input, weight, bias)
+        raise
+
+
+def convolution(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    try:
+        if not 3 <= weight.ndim <= 5 or input.ndim != weight.ndim:
+            raise RuntimeError(
+                "conv_batch_norm needs an input (N, in_channels, *) and a weight (out_channels, "
+                "in_channels / groups, *kernel_size) of the same rank, 3 to 5, "
+                f"but got {list(input.shape)} and {list(weight.shape)}"
+            )
+        product(input, weight, bias)
+    except AttributeError:
+        require_operands(input, weight, bias)
+        raise
 
 
 def product(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -29,6 +29,13 @@ def require_tensors(**arguments: object) -> None:
         raise TypeError("input must be a Tensor, but got None")
 
 
+def require_operands(input: object, weight: object, bias: object) -> None:
+    """A linear layer or a convolution does not go without a weight."""
+    if weight is None:
+        raise TypeError("weight must be a Tensor, but got None")
+    require_tensors(input=input, weight=weight, bias=bias)
+
+
 def scalar_type(tensor: Tensor) -> str:
     """torch's own name of a dtype, such as Long or ComplexFloat."""
     require_tensors(input=tensor)  # an array has a dtype, too

@@ -151,13 +151,7 @@ def conv_batch_norm(
     >>> FF.conv_batch_norm(x, w, training=True, eps=1e-12)
     tensor([[[0., 1.]]])
     """
-    if weight.ndim not in _CONVOLUTIONS or input.ndim != weight.ndim:
-        raise RuntimeError(
-            "conv_batch_norm needs an input (N, in_channels, *) and a weight (out_channels, "
-            "in_channels / groups, *kernel_size) of the same rank, 3 to 5, "
-            f"but got {list(input.shape)} and {list(weight.shape)}"
-        )
-    checks.product(input, weight, bias)
+    checks.convolution(input, weight, bias)
     checks.activation(activation)
     if _is_linear(input, weight, stride, padding, groups):
         shape = (input.shape[0], weight.shape[0], *input.shape[2:])

@@ -86,7 +86,7 @@ class LinearBatchNorm(torch.nn.Module):
             y = self.as_written(input)
         else:
             norm = child(self, "norm")
-            if input.ndim < 2:
+            if isinstance(input, Tensor) and input.ndim < 2:
                 raise ValueError(
                     f"expected input (*, in_features) with at least 2 axes, got {input.ndim}"
                 )
@@ -150,7 +150,8 @@ class _ConvBatchNorm(torch.nn.Module):
             y = self.as_written(input)
         else:
             conv, norm = child(self, "conv"), child(self, "norm")
-            norm.check_rank(input)
+            if isinstance(input, Tensor):
+                norm.check_rank(input)
             weight, bias = operands(conv)
             mean, var, training, momentum, count = norm.statistics()
             y = functional.conv_batch_norm(
