@@ -232,6 +232,30 @@ def test_without_parameters_or_buffers(backend, affine, tracked):
     problem((9, 4, 5), backend, affine=affine, training=False, residual=True).check()
 
 
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_saved_tensors(backend, training, activation, residual):
+    """The input; and the output, or the residual and the bias, where act′ asks for them."""
+    case = problem((3, 4, 5), backend, residual=residual, activation=activation)
+    leaves = case.leaves()
+    if fastnorm.backend_for(leaves["x"]) == "eager":
+        pytest.skip("torch's operators save what they read")
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = FF.batch_norm(
+            leaves["x"], case.running_mean, case.running_var, leaves["weight"], leaves["bias"],
+            training, residual=leaves.get("residual"), activation=activation,
+        )  # fmt: skip
+    sign = residual and activation in ("relu", "leaky_relu")
+    kept = {"x", "weight", *(["y"] if sign else [])}
+    if activation != "identity" and not sign:
+        kept |= {"bias", *(["residual"] if residual else [])}
+    known = {t.data_ptr(): name for name, t in (leaves | {"y": y}).items()}
+    found = {known.get(t.data_ptr(), "statistics") for t in saved}
+    assert found == kept | {"statistics"}
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
 @pytest.mark.parametrize("activation", ["identity", "relu", "gelu"])

@@ -1,6 +1,7 @@
 """`fastnorm bench`: what it measures, writes and says, and how it ends."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -389,7 +391,11 @@ def test_every_library_gets_the_same_layer(layer, dtype):
             "step",
             4 + 7,
         ),
+        (Layer("", "BatchNorm2d", (64,), (32, 64, 56, 56), residual=True), "step", 4 + 5),
         (Layer("", "GroupNorm", (32, 320), (2, 320, 16, 16)), "step", 5),
+        (Layer("", "GroupNorm", (8, 64), (2, 64, 45, 45)), "step", 2 + 5),  # 64 KB fit once
+        (Layer("", "GroupNorm", (32, 64), (2, 64, 8, 8), "channels_last"), "step", 5),
+        (Layer("", "GroupNorm", (32, 64), (2, 64, 16, 16), "channels_last"), "step", 8),
         (Layer("", "InstanceNorm2d", (64,), (2, 64, 256, 256)), "step", 8),
         (Layer("", "LayerNorm", (4096,), (64, 4096)), "step", 5),
         (Layer("", "LayerNorm", (12288,), (64, 12288)), "step", 2 + 5),
@@ -409,6 +415,7 @@ def test_fewest_bytes_and_flops_of_a_product():
     assert layer.fewest_bytes(torch.bfloat16, "forward") == 2 * (x + y)
     assert layer.fewest_bytes(torch.bfloat16, "step") == 6 * (x + y)
     assert layer.flops("step") - layer.flops("forward") == 2 * 2 * 1000 * 64 * 256 + 12 * y
+    assert layer.flops("forward") - layer.flops("eval") == 4 * y
 
 
 def test_buffers_outgrow_the_cache(monkeypatch):
@@ -426,6 +433,48 @@ def test_no_two_calls_in_a_row_get_the_same_buffers():
     harness.compare(calls, "a", inputs=[(k,) for k in range(3)], rounds=4, min_sample=1e-9)
     assert seen == [k % 3 for k in range(len(seen))]
     assert len(seen) == 3 * 2 + 3 * 2 + 4 * 3 * 2  # warm-up, length of a call, rounds
+
+
+def test_candidates_take_turns(monkeypatch):
+    """In each direction, and each of them first; the baseline, as the gauge, twice a round."""
+    begun = []
+
+    def candidate(name, *seconds):
+        times = itertools.cycle(seconds)
+
+        def call():
+            begun.append(name)
+            return next(times)
+
+        return call
+
+    monkeypatch.setattr(harness, "_sample_cpu", lambda call, rotation, calls: call())
+    calls = {"a": candidate("a", 4.0), "b": candidate("b", 1.0, 2.0, 8.0, 1.0, 2.0, 16.0)}
+    found = harness.compare(calls, "a", rounds=5)
+    rounds = [begun[i : i + 3] for i in range(3 + 3, len(begun), 3)]  # after what is not counted
+    assert ["".join(names) for names in rounds] == ["aba", "aba", "baa", "aab", "aab"]
+    assert found.samples["b"] == [2.0, 8.0, 1.0, 2.0, 16.0]
+    assert found["b"] == harness.Timing(best=1.0, median=2.0, ratio=4.0, median_ratio=2.0)
+    assert found[harness.GAUGE] == harness.Timing(4.0, 4.0, 1.0, 1.0)
+
+
+def test_a_sample_is_the_best_of_long_calls_and_the_mean_of_short_ones(monkeypatch):
+    now = 0.0
+
+    def call(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now))
+    for seconds, want in (((3e-3, 1e-3, 8e-3), 1e-3), ((3e-6, 1e-6, 8e-6), 4e-6)):
+        found = harness._sample_cpu(call, iter([(s,) for s in seconds]), 3)
+        assert found == pytest.approx(want)
+
+
+def test_a_table_in_plain_text():
+    rows = [("a", 1.5), ("longer", 10.25), ("b", 3)]
+    want = ["name         x", "a        1.500", "longer  10.250", "b            3"]
+    assert harness.table(("name", "x"), rows).splitlines() == want
 
 
 def test_a_noisy_measurement_is_taken_again(monkeypatch):

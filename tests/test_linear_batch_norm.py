@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import compute_dtype, each_dtype
+from cases import assert_close, compute_dtype, each_dtype
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -188,6 +188,31 @@ def test_activations(backend, activation, dtype, training):
             assert all(name in str(caught.value) for name in OUTPUT_GRADS)
         else:
             replace(case, algorithm=algorithm).check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", OUTPUT_GRADS)
+def test_gates_from_the_output_alone(backend, activation, dtype):
+    """Of y as it was rounded, in float32: tiny ones are not 0, and relu6's ends are closed.
+
+    Evaluation with W = 1, mean 0 and variance 1, where dX is G.
+    """
+    tiny = 1.5 * torch.finfo(dtype).tiny
+    special = torch.tensor([0.0, -0.0, tiny, -tiny, 1e-3, -1e-3, 5.97, 6.0, 6.5, 9.0, -9.0, 1.0])
+    generator = torch.Generator().manual_seed(2)
+    z = torch.cat([special, 3 * torch.randn(500, generator=generator)])
+    x = z.view(-1, 16).to(backend, dtype).requires_grad_()
+    dy = torch.randn(x.shape, generator=generator).to(backend, dtype)
+    one = torch.ones(16, device=backend, dtype=compute_dtype(dtype))
+    y = FF.linear_batch_norm(
+        x, one.diag().to(dtype), None, 0 * one, one, eps=0.0, algorithm="gram",
+        activation=activation,
+    )  # fmt: skip
+    (dx,) = torch.autograd.grad(y, x, dy)
+    want = OUTPUT_GRADS[activation](dy.double(), y.detach().double())
+    assert_close(dx, want)
+    if dtype.itemsize == 2:  # and rounded once: two numbers, if any, lie that near to a tie
+        assert (dx != want.to(dtype)).sum() <= 2
 
 
 def test_gram_serves_what_the_design_lists():
@@ -667,10 +692,10 @@ def test_torchs_precision_settings(monkeypatch):
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
-        assert kernels.precision(torch.bfloat16) == kernels.precision(torch.float64) == "ieee"
         for asked in ("tf32", "ieee"):
             matmul.fp32_precision = asked
             assert kernels.precision(torch.float32) == asked
+            assert kernels.precision(torch.bfloat16) == kernels.precision(torch.float64) == "ieee"
     finally:
         matmul.fp32_precision = before
 
@@ -688,6 +713,8 @@ assert precision(torch.float32) == "tf32"
 torch.backends.cuda.matmul.fp32_precision = "ieee"
 assert precision(torch.float32) == "ieee"
 torch.backends.fp32_precision = "tf32"
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert precision(torch.float32) == "ieee", "of products alone, it goes before that of all"
 torch.backends.cuda.matmul.fp32_precision = "tf32"
 assert precision(torch.float32) == "tf32"
 """
