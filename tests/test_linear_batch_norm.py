@@ -283,6 +283,16 @@ def test_a_signal_common_to_all_columns(backend, signal, seed, dtype):
     replace(case, activation="identity").check()  # no sign is ambiguous: gradients too
 
 
+@each_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_zero_norm_weights(backend, dtype, training):
+    """As residual blocks begin: the largest of α ∘ W, which makes a unit, is 0. dγ is not."""
+    case = problem(40, 24, 20, backend, dtype, training=training, activation="identity")
+    case = replace(case, algorithm="gram", norm_weight=torch.zeros_like(case.norm_weight))
+    got = case.check(("y", "dnorm_weight", "dnorm_bias"))
+    assert got["dx"].count_nonzero() == got["dweight"].count_nonzero() == 0
+
+
 def test_small_gradients_in_float16(backend):
     """A is products of 1/M with three small numbers: without a unit of its own it is zero."""
     case = problem(512, 32, 64, backend, torch.float16, algorithm="gram", activation="identity")
