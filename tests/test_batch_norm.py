@@ -13,7 +13,8 @@ from torch import Tensor
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.ops.layout import channel_view
+from fastnorm.ops.channels import left_to_eager
+from fastnorm.ops.layout import channel_view, laid_out_as, sample_view
 
 
 @dataclass
@@ -223,6 +224,33 @@ def test_residual_of_another_dtype(backend, training):
     case = problem((5, 4, 6), backend, torch.bfloat16, training=training, activation="relu")
     case.residual = torch.randn_like(case.x, dtype=torch.float32)
     assert case.check()["y"].dtype is torch.float32
+
+
+def test_layouts_that_are_kept():
+    """One copy of what is not dense leaves channels innermost; of both layouts the longer runs."""
+    gaps = torch.randn(2, 5, 6, 8).permute(0, 3, 1, 2)[:, :6]
+    dense, view = channel_view(gaps)
+    assert torch.equal(dense, gaps)
+    assert dense.is_contiguous(memory_format=torch.channels_last)
+    assert view == (1, 6, 60, True)
+    one, view = channel_view(gaps[:, :1])
+    assert one.is_contiguous()
+    assert view == (2, 1, 30, False)
+    for shape, columns in (((6, 12, 1, 1), True), ((6, 12), True), ((3, 1, 5, 6), False)):
+        assert sample_view(torch.randn(shape))[1].columns is columns
+    x, residual = torch.randn(2, 6, 3, 4).bfloat16(), gaps[..., :3, :4]
+    like = laid_out_as(residual, x)  # in its own dtype
+    assert like.stride() == x.stride()
+    assert torch.equal(like, residual)
+
+
+def test_only_a_residual_that_is_wider_is_left_to_torch():
+    """Kernels compute in float64 where the input is."""
+    wide, narrow = torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3)
+    assert left_to_eager(narrow, wide)
+    assert not left_to_eager(narrow, None)
+    for residual in (wide, narrow, None):
+        assert not left_to_eager(wide, residual)
 
 
 @pytest.mark.parametrize("affine", ["", "w", "b"])
