@@ -283,6 +283,22 @@ def test_a_signal_common_to_all_columns(backend, signal, seed, dtype):
     replace(case, activation="identity").check()  # no sign is ambiguous: gradients too
 
 
+@pytest.mark.parametrize("row", [0, 39])
+def test_one_row_that_cancels_a_signal(backend, row):
+    """Of those that other programs fold none does: S is made again if one of them asks for it."""
+    case = problem(256, 24, 40, backend, torch.bfloat16, mean=0.0, algorithm="gram")
+    common = torch.randn(256, 1, generator=torch.Generator().manual_seed(9)).to(backend)
+    weight = (case.weight.double() * 8).round() / 8  # few bits: the sum is exactly zero
+    weight[:, 0] += 1.0
+    weight[row, -1] -= weight[row].sum()
+    x, weight = (case.x + 1000 * common).to(torch.bfloat16), weight.to(torch.bfloat16)
+    assert weight[row].double().sum() == 0
+    case = replace(case, x=x, weight=weight, bias=None, activation="identity")
+    got, want = case.ours(), case.reference()
+    for name in ("y", "running_var"):
+        assert error(got[name][..., row], want[name][..., row]) < 0.01, name
+
+
 @each_mode
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_zero_norm_weights(backend, dtype, training):
