@@ -13,7 +13,8 @@ from torch import Tensor
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.ops.layout import channel_view
+from fastnorm.ops.channels import left_to_eager
+from fastnorm.ops.layout import channel_view, laid_out_as, sample_view
 
 
 @dataclass
@@ -225,11 +226,62 @@ def test_residual_of_another_dtype(backend, training):
     assert case.check()["y"].dtype is torch.float32
 
 
+def test_layouts_that_are_kept():
+    """One copy of what is not dense leaves channels innermost; of both layouts the longer runs."""
+    gaps = torch.randn(2, 5, 6, 8).permute(0, 3, 1, 2)[:, :6]
+    dense, view = channel_view(gaps)
+    assert torch.equal(dense, gaps)
+    assert dense.is_contiguous(memory_format=torch.channels_last)
+    assert view == (1, 6, 60, True)
+    one, view = channel_view(gaps[:, :1])
+    assert one.is_contiguous()
+    assert view == (2, 1, 30, False)
+    for shape, columns in (((6, 12, 1, 1), True), ((6, 12), True), ((3, 1, 5, 6), False)):
+        assert sample_view(torch.randn(shape))[1].columns is columns
+    x, residual = torch.randn(2, 6, 3, 4).bfloat16(), gaps[..., :3, :4]
+    like = laid_out_as(residual, x)  # in its own dtype
+    assert like.stride() == x.stride()
+    assert torch.equal(like, residual)
+
+
+def test_only_a_residual_that_is_wider_is_left_to_torch():
+    """Kernels compute in float64 where the input is."""
+    wide, narrow = torch.ones(2, 3, dtype=torch.float64), torch.ones(2, 3)
+    assert left_to_eager(narrow, wide)
+    assert not left_to_eager(narrow, None)
+    for residual in (wide, narrow, None):
+        assert not left_to_eager(wide, residual)
+
+
 @pytest.mark.parametrize("affine", ["", "w", "b"])
 @pytest.mark.parametrize("tracked", [True, False], ids=["tracked", "untracked"])
 def test_without_parameters_or_buffers(backend, affine, tracked):
     problem((9, 4, 5), backend, affine=affine, tracked=tracked, activation="silu").check()
     problem((9, 4, 5), backend, affine=affine, training=False, residual=True).check()
+
+
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "leaky_relu", "silu"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_saved_tensors(backend, training, activation, residual):
+    """The input; and the output, or the residual and the bias, where act′ asks for them."""
+    case = problem((3, 4, 5), backend, residual=residual, activation=activation)
+    leaves = case.leaves()
+    if fastnorm.backend_for(leaves["x"]) == "eager":
+        pytest.skip("torch's operators save what they read")
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = FF.batch_norm(
+            leaves["x"], case.running_mean, case.running_var, leaves["weight"], leaves["bias"],
+            training, residual=leaves.get("residual"), activation=activation,
+        )  # fmt: skip
+    sign = residual and activation in ("relu", "leaky_relu")
+    kept = {"x", "weight", *(["y"] if sign else [])}
+    if activation != "identity" and not sign:
+        kept |= {"bias", *(["residual"] if residual else [])}
+    known = {t.data_ptr(): name for name, t in (leaves | {"y": y}).items()}
+    found = {known.get(t.data_ptr(), "statistics") for t in saved}
+    assert found == kept | {"statistics"}
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -151,7 +151,8 @@ def test_channels_do_not_see_one_another(backend, shape, value):
 
 @pytest.mark.parametrize("activation", ["relu", "relu6", "leaky_relu", "elu", "hardswish", "silu"])
 @pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
-def test_nan_and_infinity_pass_activations_as_in_torch(backend, activation, residual):
+@pytest.mark.parametrize("graph", [False, True], ids=["", "create_graph"])
+def test_nan_and_infinity_pass_activations_as_in_torch(backend, activation, residual, graph):
     """Evaluation with mean 0 and variance 1: the activation sees the special values themselves."""
     special = [math.nan, math.inf, -math.inf, -3.0, 3.0, 0.0, -0.0, 6.0, 7.0, -7.0]
     x = torch.tensor(special, device=backend)[:, None].expand(-1, 2).contiguous()
@@ -172,13 +173,50 @@ def test_nan_and_infinity_pass_activations_as_in_torch(backend, activation, resi
         else:
             y = call(leaf, zero, one, eps=0.0, residual=added, activation=activation)
         leaves = [leaf] if added is None else [leaf, added]
-        results.append([y, *torch.autograd.grad(y, leaves, torch.ones_like(y))])
+        gradients = torch.autograd.grad(y, leaves, torch.ones_like(y), create_graph=graph)
+        results.append([y, *gradients])
     got, want = results
     torch.testing.assert_close(got[0], want[0], equal_nan=True)
     for mine, theirs in zip(got[1:], want[1:], strict=True):
         if activation == "relu6":  # torch's own gradient at NaN differs between its vector widths
             mine, theirs = mine[1:], theirs[1:]
         torch.testing.assert_close(mine, theirs, equal_nan=True)
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["", "create_graph"])
+@pytest.mark.parametrize("activation", ["relu", "relu6", "hardswish"])
+@pytest.mark.parametrize("residual", [False, True], ids=["", "residual"])
+def test_a_closed_gate_lets_no_infinity_through(backend, residual, activation, graph):
+    """As in torch: an overflow behind a dead unit is not its weight's."""
+    x = torch.tensor([[-4.0, 1.0], [2.0, -5.0], [-9.0, 3.0]], device=backend)
+    dy = torch.tensor([[math.inf, 0.5], [0.25, -math.inf], [math.nan, 2.0]], device=backend)
+    zero, one = torch.zeros(2, device=backend), torch.ones(2, device=backend)
+    leaves = [x, one.clone(), zero.clone()] + [torch.zeros_like(x)] * residual
+    leaves = [t.clone().requires_grad_() for t in leaves]
+    added = leaves[3] if residual else None
+    options = {"residual": added, "activation": activation}
+    y = FF.batch_norm(leaves[0], zero, one, *leaves[1:3], **options)
+    got = torch.autograd.grad(y, leaves, dy, create_graph=graph)
+    z = F.batch_norm(leaves[0], zero, one, *leaves[1:3])
+    want = torch.autograd.grad(
+        getattr(F, activation)(z if added is None else z + added), leaves, dy
+    )
+    for mine, theirs in zip(got, want, strict=True):
+        assert theirs.isfinite().all()
+        torch.testing.assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize("activation", ["elu", "tanh"])
+def test_activations_of_small_numbers_keep_their_digits(backend, activation, dtype):
+    """Relative to each: e^z - 1 would cancel. Evaluation with mean 0 and variance 1."""
+    size = torch.cat([torch.logspace(-30, -2, 57), torch.linspace(0.01, 2, 200)]).double()
+    x = torch.cat([-size, size]).to(backend, dtype)[:, None]
+    zero, one = (torch.full((1,), v, device=backend, dtype=dtype) for v in (0.0, 1.0))
+    y = FF.batch_norm(x, zero, one, eps=0.0, activation=activation).double()
+    exact = x.double()
+    want = exact.tanh() if activation == "tanh" else torch.where(exact > 0, exact, exact.expm1())
+    torch.testing.assert_close(y, want, rtol=8 * torch.finfo(dtype).eps, atol=0.0)
 
 
 @pytest.mark.parametrize("weight", [0.0, 1e-30])

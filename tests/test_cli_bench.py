@@ -1,6 +1,7 @@
 """`fastnorm bench`: what it measures, writes and says, and how it ends."""
 
 import io
+import itertools
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,8 +17,9 @@ import torch
 import fastnorm
 from fastnorm.bench import ceilings, harness, libraries, shapes, suite
 from fastnorm.bench.layers import FORMATS, PASSES, Layer
-from fastnorm.cli import bench, bench_report, main
+from fastnorm.cli import bench, bench_plots, bench_report, main
 from fastnorm.cli.bench_groups import geometric
+from fastnorm.cli.measure import peak_memory
 from fastnorm.cli.progress import is_over
 
 CPU = torch.device("cpu")
@@ -159,6 +162,75 @@ def test_what_is_printed(finished):
     assert "\x1b" not in out + err
 
 
+def made_up():
+    """A result of four cases: speeds of ours over torch.nn's and a peer's that are known."""
+
+    def line(name, step, refused, **speeds):
+        times = {"fastnorm": 1.0} | {n.replace("_", "."): s for n, s in speeds.items()}
+        costs = {
+            other: {
+                "best_s": 2e-3 * speed, "speedup": speed, "median_speedup": 7.0,
+                "of_ceiling": 0.5 / speed, "launches": None, "host_s": None,
+                "peak_bytes": 100 if other == "fastnorm" else 400,
+            }
+            for other, speed in times.items()
+        }  # fmt: skip
+        return {
+            "name": name, "operation": "BatchNorm2d", "shape": [2, 4, 6, 6], "pass": step,
+            "layout": "contiguous", "dtype": "float32", "backend": "eager", "bytes": 4_000_000,
+            "flops": 8_000_000, "noise": 0.01, "costs": costs, "refused": refused,
+        }  # fmt: skip
+
+    lines = [
+        line("stage", "forward", {}, torch_nn=2.0, liger=8.0),
+        line("stage", "eval", {"liger": "no"}, torch_nn=0.5),
+        line("stage", "step", {"liger": "no"}, torch_nn=3.0),
+        line("small call", "forward", {}, torch_nn=4.0),
+    ]
+    ceilings = bench_report.ceilings_in_json(TOP)
+    return {"results": lines, "peers": ["liger"], "absent": {}, "ceilings": ceilings}
+
+
+def test_what_the_tables_say():
+    summary, every = bench_report.tables(made_up())
+    assert summary.columns == (
+        "", "cases", "torch.nn, forward", "torch.nn, step", "liger, forward", "liger, step",
+        "least, torch.nn",
+    )  # fmt: skip
+    assert summary.rows == [
+        ("BatchNorm2d", "3", "1.00", "3.00", "8.00", "–", "0.50"),
+        ("small calls", "1", "4.00", "–", "–", "–", "4.00"),
+    ]
+    assert every.rows[0] == (
+        "stage: BatchNorm2d 2×4×6×6 contiguous", "float32", "forward", "2,000", "2", "50%",
+        "2.00", "8.00", "0.25", "1.0%",
+    )  # fmt: skip
+    assert len(every.columns) == len(every.rows[0])
+    said = bench_report.sentences(made_up())
+    assert said[1:] == ["Left out: liger, BatchNorm2d, 2 cases: no"]
+
+
+def test_what_the_pictures_show(monkeypatch):
+    monkeypatch.setattr(bench_plots, "png", lambda figure: figure)
+    bandwidth, bars, roofline = (found for _, _, found in bench_plots.pictures(made_up()))
+    theirs, ours, copy = (line.get_xydata().tolist() for line in bandwidth.axes[0].lines)
+    assert ours == [[4e6, pytest.approx(2.0)]] * 4
+    assert theirs == [[4e6, pytest.approx(2.0 / speed)] for speed in (2.0, 0.5, 3.0, 4.0)]
+    assert copy == [[1 << 20, 1.0], [1 << 28, 2.0]]
+    (axes,) = bars.axes
+    names = [label.get_text() for label in axes.get_yticklabels()]
+    assert names == ["BatchNorm2d, forward", "BatchNorm2d, step", "small calls, forward"]
+    assert [bar.get_width() for bar in axes.patches[:3]] == pytest.approx([1.0, 3.0, 4.0])
+    assert axes.patches[3].get_width() == pytest.approx(8.0)
+    single, half, theirs, ours = (line.get_xydata().tolist() for line in roofline.axes[0].lines)
+    assert ours == [[2.0, pytest.approx(4.0)]] * 3, "small calls cost the call"
+    assert theirs == [[2.0, pytest.approx(4.0 / speed)] for speed in (2.0, 0.5, 3.0)]
+    for roof, top in ((single, 10.0), (half, 40.0)):
+        (low, bottom), (corner, height), (_, end) = roof
+        assert (bottom, height, end) == pytest.approx((2.0 * low, top, top))
+        assert corner == pytest.approx(top / 2.0)
+
+
 def test_quick_takes_one_dtype_of_the_chosen_layers(tmp_path):
     folder = tmp_path / "results"
     options = ["--quick", "--peers", "none", "--rounds", "1", "--device", "cpu"]
@@ -191,6 +263,20 @@ def test_bad_arguments_end_with_one_line(tmp_path, capsys, options, named):
     line = refused(capsys, *options, "--out", str(tmp_path / "results"))
     assert all(word in line for word in named), line
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(("options", "asked"), [(["--quick"], (5, False)), ([], (15, True))])
+def test_a_quick_run_takes_fewer_rounds_once(tmp_path, monkeypatch, options, asked):
+    found = []
+
+    def measure(*args, rounds, again, peak_memory):
+        found.append((rounds, again))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "measure", measure)
+    options = [*options, "--peers", "none", "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["bench", *options]) == 130
+    assert found == [asked]
 
 
 def test_the_interpreter_is_not_timed(tmp_path, capsys):
@@ -347,6 +433,66 @@ def test_a_peer_says_why_it_is_absent(name, monkeypatch):
     assert peer.absence(torch.device("cuda")) is None
 
 
+def test_peers_get_arguments_as_they_take_them(monkeypatch):
+    """Of libraries that need a GPU: the layer's, eps, and nothing that writes over an input."""
+    made = []
+
+    class Library:
+        def __getattr__(self, name):
+            return lambda *args, **options: made.append((name, args, options))
+
+    monkeypatch.setattr(libraries, "importlib", SimpleNamespace(import_module=lambda _: Library()))
+    group = Layer("", "GroupNorm", (8, 64), (2, 64, 4, 4))
+    row = Layer("", "RMSNorm", (16,), (6, 16))
+    for name, layer in (("liger", group), ("apex", replace(group, activation="silu"))):
+        libraries.PEERS[name].make(layer)
+    for name in ("liger", "apex", "xformers"):
+        libraries.PEERS[name].make(row)
+    libraries.PEERS["liger"].make(replace(row, kind="AddRMSNorm", residual=True))
+    eps = {"eps": 1e-5}
+    assert made == [
+        ("LigerGroupNorm", (64, 8), eps), ("GroupNorm", (8, 64), eps | {"act": "silu"}),
+        ("LigerRMSNorm", (16,), eps | {"in_place": False}), ("FusedRMSNorm", (16,), eps),
+        ("RMSNorm", (16,), eps), ("LigerFusedAddRMSNorm", (16,), eps | {"in_place": False}),
+    ]  # fmt: skip
+    made.clear()
+    for name in ("liger", "quack", "apex", "xformers", "flash-attn"):
+        for other in (replace(row, activation="relu"), Layer("", "BatchNorm1d", (4,), (8, 4))):
+            if (name, other.kind) != ("liger", "BatchNorm1d"):  # asked of the library itself
+                assert libraries.PEERS[name].make(other) is None
+    assert made == []
+
+
+def test_peers_that_are_functions_get_every_tensor(monkeypatch):
+    """With a sum before the norm it is returned too."""
+    calls = []
+
+    def function(*args, **options):
+        calls.append((args, options))
+
+    names = SimpleNamespace(rmsnorm=function, layer_norm_fn=function)
+    monkeypatch.setattr(libraries, "importlib", SimpleNamespace(import_module=lambda _: names))
+    x, residual = torch.randn(2, 6, 16)
+    for kind in ("RMSNorm", "AddLayerNorm"):
+        added = residual if kind.startswith("Add") else None
+        layer = Layer("", kind, (16,), (6, 16), residual=added is not None)
+        for name in ("quack", "flash-attn"):
+            module = libraries.PEERS[name].make(layer)
+            if module is None:
+                assert (name, kind) == ("quack", "AddLayerNorm")
+                continue
+            module(x, added)
+            args, options = calls.pop()
+            assert args[:2] == (x, module.weight)
+            assert options["residual"] is added
+            assert options["prenorm"] is (added is not None)
+            assert options["eps"] == 1e-5
+            if name == "flash-attn":
+                assert options["is_rms_norm"] is (kind == "RMSNorm")
+                assert args[2] is module.bias
+                assert (module.bias is None) == (kind == "RMSNorm")
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
 def test_torch_compile_takes_part():
@@ -389,7 +535,11 @@ def test_every_library_gets_the_same_layer(layer, dtype):
             "step",
             4 + 7,
         ),
+        (Layer("", "BatchNorm2d", (64,), (32, 64, 56, 56), residual=True), "step", 4 + 5),
         (Layer("", "GroupNorm", (32, 320), (2, 320, 16, 16)), "step", 5),
+        (Layer("", "GroupNorm", (8, 64), (2, 64, 45, 45)), "step", 2 + 5),  # 64 KB fit once
+        (Layer("", "GroupNorm", (32, 64), (2, 64, 8, 8), "channels_last"), "step", 5),
+        (Layer("", "GroupNorm", (32, 64), (2, 64, 16, 16), "channels_last"), "step", 8),
         (Layer("", "InstanceNorm2d", (64,), (2, 64, 256, 256)), "step", 8),
         (Layer("", "LayerNorm", (4096,), (64, 4096)), "step", 5),
         (Layer("", "LayerNorm", (12288,), (64, 12288)), "step", 2 + 5),
@@ -403,12 +553,19 @@ def test_fewest_bytes(layer, kind, passes):
     assert layer.fewest_bytes(torch.float32, kind) == 4 * size * passes
 
 
+def test_rows_of_float64_that_fit_are_half_as_long():
+    layer = Layer("", "LayerNorm", (16384,), (64, 16384))
+    assert layer.fewest_bytes(torch.float32, "forward") == 4 * 64 * 16384 * 2
+    assert layer.fewest_bytes(torch.float64, "forward") == 8 * 64 * 16384 * 3
+
+
 def test_fewest_bytes_and_flops_of_a_product():
     layer = Layer("", "LinearBatchNorm", (64, 256), (1000, 64))
     x, y = 64000, 256000
     assert layer.fewest_bytes(torch.bfloat16, "forward") == 2 * (x + y)
     assert layer.fewest_bytes(torch.bfloat16, "step") == 6 * (x + y)
     assert layer.flops("step") - layer.flops("forward") == 2 * 2 * 1000 * 64 * 256 + 12 * y
+    assert layer.flops("forward") - layer.flops("eval") == 4 * y
 
 
 def test_buffers_outgrow_the_cache(monkeypatch):
@@ -428,20 +585,105 @@ def test_no_two_calls_in_a_row_get_the_same_buffers():
     assert len(seen) == 3 * 2 + 3 * 2 + 4 * 3 * 2  # warm-up, length of a call, rounds
 
 
+def test_candidates_take_turns(monkeypatch):
+    """In each direction, and each of them first; the baseline, as the gauge, twice a round."""
+    begun = []
+
+    def candidate(name, *seconds):
+        times = itertools.cycle(seconds)
+
+        def call():
+            begun.append(name)
+            return next(times)
+
+        return call
+
+    monkeypatch.setattr(harness, "_sample_cpu", lambda call, rotation, calls: call())
+    calls = {"a": candidate("a", 4.0), "b": candidate("b", 1.0, 2.0, 8.0, 1.0, 2.0, 16.0)}
+    found = harness.compare(calls, "a", rounds=5)
+    rounds = [begun[i : i + 3] for i in range(3 + 3, len(begun), 3)]  # after what is not counted
+    assert ["".join(names) for names in rounds] == ["aba", "aba", "baa", "aab", "aab"]
+    assert found.samples["b"] == [2.0, 8.0, 1.0, 2.0, 16.0]
+    assert found["b"] == harness.Timing(best=1.0, median=2.0, ratio=4.0, median_ratio=2.0)
+    assert found[harness.GAUGE] == harness.Timing(4.0, 4.0, 1.0, 1.0)
+
+
+def test_a_sample_is_the_best_of_long_calls_and_the_mean_of_short_ones(monkeypatch):
+    now = 0.0
+
+    def call(seconds):
+        nonlocal now
+        now += seconds
+
+    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now))
+    for seconds, want in (((3e-3, 1e-3, 8e-3), 1e-3), ((3e-6, 1e-6, 8e-6), 4e-6)):
+        found = harness._sample_cpu(call, iter([(s,) for s in seconds]), 3)
+        assert found == pytest.approx(want)
+
+
+def test_a_table_in_plain_text():
+    rows = [("a", 1.5), ("longer", 10.25), ("b", 3)]
+    want = ["name         x", "a        1.500", "longer  10.250", "b            3"]
+    assert harness.table(("name", "x"), rows).splitlines() == want
+
+
+def test_the_quick_cases_are_of_the_dtype_that_a_device_is_used_with():
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float32)):
+        quick = suite.cases(torch.device(device), True)
+        assert {one.dtype for one in quick} == {dtype}
+        assert {one.kind for one in quick} == {"forward", "step"}
+
+
+@pytest.mark.parametrize("layer", LAYERS[:2], ids=str)
+def test_evaluation_is_of_running_statistics_and_records_nothing(layer):
+    torch.manual_seed(0)
+    for kind in ("eval", "forward"):
+        calls, inputs, _ = suite.prepare(case(layer, kind=kind), [], CPU)
+        for call in (calls[suite.BASELINE], calls[suite.OURS]):
+            y = call(*inputs[0])
+            assert not y.requires_grad
+            x, *rest = inputs[0]
+            shape = (1, -1) + (1,) * (x.ndim - 2)
+            mean, var = torch.zeros(4), torch.ones(4)
+            if kind == "forward":
+                axes = [0, *range(2, x.ndim)]
+                mean, var = x.mean(axes), x.var(axes, correction=0)
+            small = torch.linspace(0.5, 1.5, 4).view(shape)  # weight and bias
+            want = (x - mean.view(shape)) / (var.view(shape) + 1e-5).sqrt() * small + small
+            want = (want + rest[0]).relu() if layer.residual else want
+            torch.testing.assert_close(y, want)
+
+
+def test_the_paired_speed_is_a_median_over_rounds():
+    samples = {suite.BASELINE: [4.0, 2.0, 9.0], suite.OURS: [2.0, 4.0, 3.0]}
+    result = harness.Comparison({}, samples, calls=1, threads=1, device="")
+    assert suite._paired(result, suite.BASELINE) == 2.0
+    assert suite._paired(result, suite.OURS) == 1.0
+
+
+def test_the_difference_is_that_of_the_worst_output():
+    x, y = torch.full((4,), 2.0), torch.tensor([3.0, 4.0])
+    assert suite._difference((x, y), (x, y)) == 0
+    assert suite._difference((2 * x, y), (x, y)) == 1
+    assert suite._difference((x, y + torch.tensor([0.0, 1.0])), (x, y)) == pytest.approx(0.2)
+    with pytest.raises(ValueError, match="argument 2 is shorter"):
+        suite._difference((x, y), x)
+
+
 def test_a_noisy_measurement_is_taken_again(monkeypatch):
     taken = []
 
     def compare(*args, real=harness.compare, **kwargs):
         found = real(*args, **kwargs)
         gauge = found.timings[harness.GAUGE]
-        ratio = (1.5, 1.01)[len(taken)]
-        found.timings[harness.GAUGE] = replace(gauge, ratio=ratio, median_ratio=1.0)
+        ratio, median = ((1.1, 1.5), (1.01, 1.0))[len(taken)]
+        found.timings[harness.GAUGE] = replace(gauge, ratio=ratio, median_ratio=median)
         taken.append(ratio)
         return found
 
     monkeypatch.setattr(suite, "compare", compare)
     assert suite.measure(case(), [], CPU, TOP, rounds=1).noise == pytest.approx(0.01)
-    assert taken == [1.5, 1.01]
+    assert taken == [1.1, 1.01]
     taken.clear()
     noisy = suite.measure(case(), [], CPU, TOP, rounds=1, again=False)
     assert noisy.noise == pytest.approx(0.5)
@@ -478,6 +720,52 @@ def test_ceilings_are_this_machines(monkeypatch):
     assert set(found.copy) == {1 << 17, 1 << 21}
     assert found.memory == found.copy[1 << 21] > 1e6
     assert all(rate > 1e6 for rate in found.products.values())
+
+
+def test_ceilings_count_what_is_read_and_written(monkeypatch):
+    """And the products and sums of a square product, over the time of a call."""
+    monkeypatch.setattr(ceilings, "SIZES", (1 << 10,))
+    monkeypatch.setattr(ceilings, "ORDER", {"cpu": 16})
+    monkeypatch.setattr(ceilings, "MIB", 1 << 6)  # 64 of them are the largest
+    monkeypatch.setattr(ceilings, "best_seconds", lambda call, device: 0.5)
+    found = REAL_MEASURE(CPU, True)
+    assert found.copy == {1 << 11: 1 << 12, 1 << 13: 1 << 14}
+    assert found.products == {"float32": 4 * 16**3, "bfloat16": 4 * 16**3}
+
+
+@pytest.mark.parametrize(("seconds", "timed"), [(0.125, 8), (0.5, 5)])
+def test_a_call_is_timed_as_long_as_its_budget_lasts(monkeypatch, seconds, timed):
+    """Five times at least, and once before."""
+    now, done = 0.0, 0
+
+    def call():
+        nonlocal now, done
+        done += 1
+        now += seconds if done != 3 else seconds / 2
+
+    monkeypatch.setattr(ceilings, "time", SimpleNamespace(perf_counter=lambda: now))
+    assert ceilings.best_seconds(call, CPU, budget=1.0 - seconds / 2) == seconds / 2
+    assert done == 1 + timed
+
+
+@pytest.mark.parametrize(("said", "size"), [("1024K\n", 1 << 20), ("?\n", 32 << 20)])
+def test_the_cache_is_what_the_system_says(monkeypatch, said, size):
+    monkeypatch.setattr(ceilings, "open", lambda path: io.StringIO(said), raising=False)
+    assert ceilings.cache_bytes(CPU) == size
+
+
+def test_peak_memory_is_the_most_that_is_held_at_a_time():
+    def work():
+        first = torch.ones(1 << 18)
+        del first
+        second, third = torch.ones(1 << 18), torch.ones(1 << 16)
+        del second, third
+        return torch.ones(1)
+
+    found = peak_memory(work, CPU)
+    if found is None:
+        pytest.skip("this torch counts no memory on a CPU")
+    assert 5 << 18 <= found < (5 << 18) + 4096
 
 
 def test_memory_speed_is_of_a_copy_beyond_the_cache():

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import reference
 import torch
+import triton
+import triton.language as tl
 from cases import assert_close
 from probes import committed, draw, reserved
 
@@ -26,6 +28,7 @@ from fastnorm.kernels import (
     row_plans,
     run_plans,
 )
+from fastnorm.kernels.device.matmul import upper_pair
 from fastnorm.kernels.launch import ChannelView
 
 checked = contextlib.nullcontext
@@ -257,3 +260,25 @@ def test_rows_at_full_size_on_a_gpu(shape):
             want = (x.detach()[row, end].double() - mean) * rstd
             assert_close(y[row, end], want, 64)
             assert_close(dx[row, end], rstd * (dy[row, end].double() - c1 - want * c2), 64)
+
+
+@triton.jit
+def upper_pairs_kernel(p_ptr, i_ptr, j_ptr, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    i, j = upper_pair(tl.load(p_ptr + at))
+    tl.store(i_ptr + at, i)
+    tl.store(j_ptr + at, j)
+
+
+def test_programs_of_a_triangle():
+    """Where a column of a large one ends, the root in float32 is off."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    j = torch.arange(1, 16385, dtype=torch.int32, device=device)
+    first = j * (j + 1) // 2
+    p = torch.stack([first - 1, first, first + 1, first + j])
+    want_j = torch.stack([j - 1, j, j, j])
+    want_i = torch.stack([j - 1, torch.zeros_like(j), torch.ones_like(j), j])
+    i, j = torch.full_like(p, -1), torch.full_like(p, -1)
+    upper_pairs_kernel[(p.numel() // 1024,)](p, i, j, BLOCK=1024)
+    assert torch.equal(j, want_j)
+    assert torch.equal(i, want_i)

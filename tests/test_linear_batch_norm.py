@@ -13,7 +13,7 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
-from cases import compute_dtype, each_dtype
+from cases import assert_close, compute_dtype, each_dtype
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -190,6 +190,31 @@ def test_activations(backend, activation, dtype, training):
             replace(case, algorithm=algorithm).check()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("activation", OUTPUT_GRADS)
+def test_gates_from_the_output_alone(backend, activation, dtype):
+    """Of y as it was rounded, in float32: tiny ones are not 0, and relu6's ends are closed.
+
+    Evaluation with W = 1, mean 0 and variance 1, where dX is G.
+    """
+    tiny = 1.5 * torch.finfo(dtype).tiny
+    special = torch.tensor([0.0, -0.0, tiny, -tiny, 1e-3, -1e-3, 5.97, 6.0, 6.5, 9.0, -9.0, 1.0])
+    generator = torch.Generator().manual_seed(2)
+    z = torch.cat([special, 3 * torch.randn(500, generator=generator)])
+    x = z.view(-1, 16).to(backend, dtype).requires_grad_()
+    dy = torch.randn(x.shape, generator=generator).to(backend, dtype)
+    one = torch.ones(16, device=backend, dtype=compute_dtype(dtype))
+    y = FF.linear_batch_norm(
+        x, one.diag().to(dtype), None, 0 * one, one, eps=0.0, algorithm="gram",
+        activation=activation,
+    )  # fmt: skip
+    (dx,) = torch.autograd.grad(y, x, dy)
+    want = OUTPUT_GRADS[activation](dy.double(), y.detach().double())
+    assert_close(dx, want)
+    if dtype.itemsize == 2:  # and rounded once: two numbers, if any, lie that near to a tie
+        assert (dx != want.to(dtype)).sum() <= 2
+
+
 def test_gram_serves_what_the_design_lists():
     served = {"identity", "relu", "relu6", "leaky_relu", "tanh", "sigmoid", "elu"}
     assert set(OUTPUT_GRADS) == served
@@ -256,6 +281,32 @@ def test_a_signal_common_to_all_columns(backend, signal, seed, dtype):
     )  # fmt: skip
     case.check(("y", "running_mean", "running_var"))
     replace(case, activation="identity").check()  # no sign is ambiguous: gradients too
+
+
+@pytest.mark.parametrize("row", [0, 39])
+def test_one_row_that_cancels_a_signal(backend, row):
+    """Of those that other programs fold none does: S is made again if one of them asks for it."""
+    case = problem(256, 24, 40, backend, torch.bfloat16, mean=0.0, algorithm="gram")
+    common = torch.randn(256, 1, generator=torch.Generator().manual_seed(9)).to(backend)
+    weight = (case.weight.double() * 8).round() / 8  # few bits: the sum is exactly zero
+    weight[:, 0] += 1.0
+    weight[row, -1] -= weight[row].sum()
+    x, weight = (case.x + 1000 * common).to(torch.bfloat16), weight.to(torch.bfloat16)
+    assert weight[row].double().sum() == 0
+    case = replace(case, x=x, weight=weight, bias=None, activation="identity")
+    got, want = case.ours(), case.reference()
+    for name in ("y", "running_var"):
+        assert error(got[name][..., row], want[name][..., row]) < 0.01, name
+
+
+@each_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_zero_norm_weights(backend, dtype, training):
+    """As residual blocks begin: the largest of α ∘ W, which makes a unit, is 0. dγ is not."""
+    case = problem(40, 24, 20, backend, dtype, training=training, activation="identity")
+    case = replace(case, algorithm="gram", norm_weight=torch.zeros_like(case.norm_weight))
+    got = case.check(("y", "dnorm_weight", "dnorm_bias"))
+    assert got["dx"].count_nonzero() == got["dweight"].count_nonzero() == 0
 
 
 def test_small_gradients_in_float16(backend):
@@ -667,10 +718,10 @@ def test_torchs_precision_settings(monkeypatch):
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     try:
-        assert kernels.precision(torch.bfloat16) == kernels.precision(torch.float64) == "ieee"
         for asked in ("tf32", "ieee"):
             matmul.fp32_precision = asked
             assert kernels.precision(torch.float32) == asked
+            assert kernels.precision(torch.bfloat16) == kernels.precision(torch.float64) == "ieee"
     finally:
         matmul.fp32_precision = before
 
@@ -688,6 +739,8 @@ assert precision(torch.float32) == "tf32"
 torch.backends.cuda.matmul.fp32_precision = "ieee"
 assert precision(torch.float32) == "ieee"
 torch.backends.fp32_precision = "tf32"
+torch.backends.cuda.matmul.fp32_precision = "ieee"
+assert precision(torch.float32) == "ieee", "of products alone, it goes before that of all"
 torch.backends.cuda.matmul.fp32_precision = "tf32"
 assert precision(torch.float32) == "tf32"
 """
