@@ -154,7 +154,8 @@ def epilogue(p: Problem) -> float:
     Z, X, W = p.M * p.N, p.M * p.K, p.N * p.K
     flops = 2 * p.M * p.N * p.K
     time = p.step(flops, X + W + Z, p.kernel_flops, _tiles(p)) + p.step(0, 2 * Z)
-    return time + p.device.launch + (_norm_backward(p) if p.backward else 0.0)
+    merge = p.device.launch if p.training else 0.0
+    return time + merge + (_norm_backward(p) if p.backward else 0.0)
 
 
 def gram(p: Problem) -> float:
