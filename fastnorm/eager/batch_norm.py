@@ -64,9 +64,9 @@ def batch_norm(
     dense = own = False
     plain = (
         not cpu
-        or input.is_mkldnn  # which has no strides
         # a graph is not asked for its sizes: it would be compiled again for others
         or torch.compiler.is_compiling()
+        or input.is_mkldnn  # which has no strides
         or input.numel() < batch_norm_cpu.SMALL
     )
     if not plain:
