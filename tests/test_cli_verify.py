@@ -363,6 +363,15 @@ def test_what_is_allowed():
     assert not wrong([math.nan, *none[1:]], [math.nan, *none[1:]])
     assert wrong([math.nan, *none[1:]], [0.0, math.nan, *none[2:]])
     assert not _judge("y", torch.zeros(4), None, 1e-39 * one, 0 * one, 0.0).wrong
+    for value, size, right in (
+        (math.inf, 1e5, True),
+        (math.inf, 6e4, False),
+        (math.nan, 1e5, False),
+    ):
+        got = torch.tensor([value, *none[1:]]).half()
+        assert right is not bool(
+            _judge("y", got, got.nan_to_num(0, 0), 0 * one, size * one, 1.0).wrong
+        )
     assert "[1, 4], expected" in _judge("y", one.float()[None], None, one, one, 0.0).wrong
 
 
