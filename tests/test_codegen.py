@@ -139,6 +139,7 @@ def test_relu_keeps_nan(codes):
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("codegen sm_90")  # the worker that launches them all, too
 def test_every_option_compiles(tmp_path):
     """The interpreter runs what the compiler refuses: every activation, dtype and absent tensor."""
     path = tmp_path / "codes.json"

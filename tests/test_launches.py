@@ -11,10 +11,13 @@ from fastnorm.kernels.devices import Device, assume
 from fastnorm.kernels.group_norm_whole import whole_backward, whole_forward
 from fastnorm.kernels.launch import ChannelView
 
+together = pytest.mark.xdist_group("codegen sm_90")  # which has compiled them all
 
-@pytest.mark.xdist_group("codegen sm_90")  # which has compiled them all
+
 @pytest.mark.parametrize(
-    "options", [(), pytest.param(("--all",), marks=pytest.mark.slow)], ids=["some", "all"]
+    "options",
+    [(), pytest.param(("--all",), marks=[pytest.mark.slow, together])],
+    ids=["some", "all"],
 )
 def test_launchers_pass_what_the_kernels_take(options):
     """Each argument has the type that was compiled for it, and each grid is one that can start."""
