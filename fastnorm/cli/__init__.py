@@ -102,6 +102,10 @@ def _overview() -> str:
     )
 
 
+class _Interrupt(KeyboardInterrupt):
+    """Ctrl-C. After a plain one within `exec` of a string Python ends itself by the signal."""
+
+
 @contextmanager
 def _termination_unwinds() -> Iterator[None]:
     """Lets SIGTERM leave through every `finally`, as Ctrl-C does: nothing half-written stays."""
@@ -109,11 +113,17 @@ def _termination_unwinds() -> Iterator[None]:
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise _Interrupt
+
     if threading.current_thread() is not threading.main_thread():
         yield  # only the main thread may set handlers
         return
-    before = signal.signal(signal.SIGTERM, leave)
+    before = {signal.SIGTERM: signal.signal(signal.SIGTERM, leave)}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody's own
+        before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
