@@ -94,6 +94,7 @@ def kept_run_plan(
     widest = WIDEST_ROW if _are_few(N, G, device) else KEPT_RUN
     if not _fits(L, itemsize, within, widest):
         return None
+    # more addresses; or, of half vectors, parameters of each element beside them
     many = align < (8 if within == 1 else 4) or itemsize > 2
     block_m, block_n, stages, options, together = row_tile(
         RUN_FORWARD, L, itemsize, loaded, many, device
