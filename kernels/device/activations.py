@@ -126,21 +126,26 @@ def gelu_grad(dy, z):
 
 
 @triton.jit
-def gelu_tanh_inner(z):
-    return (z + z * z * z * GELU_CUBIC) * SQRT_2_OVER_PI
+def gelu_tanh_cdf(z):
+    """(σ, σ (1 − σ)) of 2u, where (1 + tanh u) / 2 = σ(2u): nothing cancels, as 1 − tanh² does."""
+    u = (z + z * z * z * GELU_CUBIC) * SQRT_2_OVER_PI
+    e = tl.exp(-2.0 * tl.abs(u))
+    large = 1.0 / (1.0 + e)
+    small = e * large
+    return tl.where(u < 0.0, small, large), small * large
 
 
 @triton.jit
 def gelu_tanh(z):
-    t = tanh_(gelu_tanh_inner(z))
-    return 0.5 * z * (1.0 + t)
+    cdf, _ = gelu_tanh_cdf(z)
+    return z * cdf
 
 
 @triton.jit
 def gelu_tanh_grad(dy, z):
-    t = tanh_(gelu_tanh_inner(z))
-    dt = (1.0 + z * z * (3.0 * GELU_CUBIC)) * SQRT_2_OVER_PI
-    return dy * (0.5 * (1.0 + t) + 0.5 * z * (1.0 - t * t) * dt)
+    cdf, density = gelu_tanh_cdf(z)
+    du = (1.0 + z * z * (3.0 * GELU_CUBIC)) * SQRT_2_OVER_PI
+    return dy * (cdf + 2.0 * z * density * du)
 
 
 @triton.jit

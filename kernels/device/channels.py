@@ -167,9 +167,8 @@ def moments_of_tiles(
     samples = count_of_tile(first, N, S, BLOCK_N, BLOCK_S)
     if LEAD > 1:
         x, samples = tl.where(mask, x, 0.0), tl.sum(mask.to(tl.int32), axis=0)
-    scale = scale_of(tl.max(tl.abs(x), axis=0))
-    unit = (1.0 / scale)[None, :]
-    x *= unit
+    scale, unit = scale_of(tl.max(tl.abs(x), axis=0))
+    x *= unit[None, :]
     pivot = tl.sum(tl.where((lane == LEAD - 1)[:, None], x, 0.0), axis=0)
     pivot = pivot_of(pivot, x, mask, 1.0 / samples.to(ACC))
 
@@ -183,7 +182,7 @@ def moments_of_tiles(
         )
         x = load_as(x_ptr, read, rmask, ACC)
         count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, RUN, FULL, c, C, LEAD)
-        d = x * unit - pivot[None, :]
+        d = x * unit[None, :] - pivot[None, :]
         mean_t, m2_t = fold_moments(d, mask, count_t, FOLD, RUN)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
 

@@ -51,9 +51,20 @@ def reciprocal(x):
 
 
 @triton.jit
+def quotient(a, b):
+    """a / b for a b ≥ 1, likewise: n times a number, over n, is that number. NaN for infinities."""
+    if a.dtype == tl.float64:
+        return a / b
+    inverse = 1.0 / b
+    guess = a * inverse
+    return tl.fma(tl.fma(-guess, b, a), inverse, guess)
+
+
+@triton.jit
 def scale_of(size):
-    """The unit in which numbers up to `size` are squared."""
-    return tl.where(size > HUGE, UNIT, 1.0)
+    """(unit, 1 / unit) in which numbers up to `size` are squared. A division might be inexact."""
+    large = size > HUGE
+    return tl.where(large, UNIT, 1.0), tl.where(large, 1.0 / UNIT, 1.0)
 
 
 @triton.jit
@@ -113,9 +124,9 @@ def merge_partials(count, mean, std):
     share = count / tl.maximum(total, 1.0)[None, :]
     grand = tl.sum(share * mean, axis=0)
     d = tl.where(count > 0.0, mean - grand[None, :], 0.0)
-    scale = scale_of(tl.max(tl.maximum(tl.abs(d), std), axis=0))
-    unit = (1.0 / scale)[None, :]
-    squares = (std * unit) * (std * unit) + (d * unit) * (d * unit)
+    scale, unit = scale_of(tl.max(tl.maximum(tl.abs(d), std), axis=0))
+    a, e = std * unit[None, :], d * unit[None, :]
+    squares = a * a + e * e
     return total, grand, sqrt(tl.sum(share * squares, axis=0)) * scale
 
 
@@ -125,8 +136,7 @@ def merge_two(count_a, mean_a, std_a, count_b, mean_b, std_b):
     count = count_a + count_b
     share = count_b / count
     d = mean_b - mean_a
-    scale = scale_of(tl.maximum(tl.abs(d), tl.maximum(std_a, std_b)))
-    unit = 1.0 / scale
+    scale, unit = scale_of(tl.maximum(tl.abs(d), tl.maximum(std_a, std_b)))
     a, b, e = std_a * unit, std_b * unit, d * unit
     var = a * a * (1.0 - share) + b * b * share + e * e * (share * (1.0 - share))
     return count, mean_a * (1.0 - share) + mean_b * share, sqrt(var) * scale
@@ -135,7 +145,6 @@ def merge_two(count_a, mean_a, std_a, count_b, mean_b, std_b):
 @triton.jit
 def rstd_of(std, eps):
     """1 / √(std² + eps), also where std² overflows."""
-    scale = scale_of(std)
-    unit = 1.0 / scale
+    _, unit = scale_of(std)
     scaled = std * unit
     return unit * reciprocal(sqrt(scaled * scaled + eps * unit * unit))

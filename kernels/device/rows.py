@@ -12,6 +12,7 @@ from fastnorm.kernels.device.moments import (
     finite_or_zero,
     is_finite,
     merge_two,
+    quotient,
     scale_of,
     sqrt,
 )
@@ -56,9 +57,9 @@ def deviations(x, inside, count, CENTER: tl.constexpr):
     zero = tl.zeros((x.shape[0],), x.dtype)
     if not CENTER:
         return zero, zero, x
-    mean = tl.sum(x, axis=1) / count
+    mean = quotient(tl.sum(x, axis=1), count)
     d = tl.where(inside, x - mean[:, None], 0.0)
-    rest = tl.sum(d, axis=1) / count
+    rest = quotient(tl.sum(d, axis=1), count)
     return mean, rest, tl.where(inside, d - rest[:, None], 0.0)
 
 
@@ -68,8 +69,11 @@ def row_moments(x, inside, count, CENTER: tl.constexpr):
     mean, rest, d = deviations(x, inside, count, CENTER)
     std = sqrt(tl.sum(d * d, axis=1) / count)
     if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # a sum overflowed, or x is not finite
-        scale = scale_of(tl.max(tl.abs(x), axis=1))
-        mean, rest, d = deviations(x * (1.0 / scale)[:, None], inside, count, CENTER)
+        scale, unit = scale_of(tl.max(tl.abs(x), axis=1))
+        x_u = x * unit[:, None]
+        mean, rest, d = deviations(x_u, inside, count, CENTER)
+        if CENTER:  # an infinite mean is one, and no NaN
+            mean = tl.where(is_finite(mean), mean, tl.sum(x_u, axis=1) / count)
         std = sqrt(tl.sum(d * d, axis=1) / count) * scale
         mean *= scale
         rest *= scale
