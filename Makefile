@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 OUT ?= runs/gpu
 WORKERS ?= 2
 
-.PHONY: models train test test-all check bench results gpu traffic codegen flight clean
+.PHONY: models train test test-all check bench results gpu traffic codegen emulate flight clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -42,6 +42,9 @@ models: $(VENV)/.installed  ## launches and bytes of whole models, before and af
 
 codegen: $(VENV)/.installed  ## registers, spills and vector widths of every kernel, on every target
 	$(BIN)/python bench/codegen.py --out bench/results/codegen.md
+
+emulate: $(VENV)/.installed  ## compiled kernels held to the contract of verify, their PTX emulated
+	PYTHONPATH=bench $(BIN)/python -m emulate --out bench/results/emulated.md
 
 flight: $(VENV)/.installed  ## how near to a copy's speed each kernel comes, by a model of its machine code
 	$(BIN)/python bench/flight.py --out bench/results/flight.md

@@ -53,7 +53,7 @@ class Recorded:
         maker = make_backend(target)
         binder = create_function_from_signature(self.kernel.signature, self.kernel.params, maker)
         mocked = {
-            name: MockTensor(value.dtype) if isinstance(value, Tensor) else value
+            name: MockTensor(value.dtype) if isinstance(value, Tensor) and value.is_meta else value
             for name, value in self.arguments.items()
         }
         bound, kinds, options = binder(**mocked, **self.options)
@@ -75,22 +75,29 @@ class Recorded:
 
 
 @contextlib.contextmanager
-def recording(device: devices.Device = H200) -> Iterator[list[Recorded]]:
-    """Within the block launches are listed instead of run, and meta tensors take the kernels."""
-    launches: list[Recorded] = []
+def running(run: Callable[[Recorded], None], device: devices.Device) -> Iterator[None]:
+    """Within the block tensors of any device take the kernels; `run` is given each launch."""
 
-    def record(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
+    def launch(self: JITFunction, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:
         names = [parameter.name for parameter in self.params]
         arguments = dict(zip(names, args, strict=False))
         arguments |= {name: kwargs.pop(name) for name in list(kwargs) if name in names}
-        launches.append(Recorded(self, tuple(grid), arguments, kwargs))
+        run(Recorded(self, tuple(grid), arguments, kwargs))
 
     with (
-        _replaced(JITFunction, "run", record),
+        _replaced(JITFunction, "run", launch),
         _replaced(backend, "_require_triton", lambda tensor: None),
         backend.use_backend("triton"),
         devices.assume(device),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def recording(device: devices.Device = H200) -> Iterator[list[Recorded]]:
+    """Within the block launches are listed instead of run."""
+    launches: list[Recorded] = []
+    with running(launches.append, device):
         yield launches
 
 

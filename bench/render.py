@@ -1,7 +1,7 @@
 """Put measured results into README.md, bench/results/cpu*.md and the docs; none is typed by hand.
 
 `python bench/render.py` (`make results`) reads what `fastnorm bench` left under bench/results, a
-folder a device, the reports of `make traffic` and `make codegen`, and linear_batch_norm.json.
+folder a device, the reports of `make traffic`, `codegen` and `emulate`, and linear_batch_norm.json.
 README and docs/linear_batch_norm.md have a block between two markers, and tests/test_results.py
 holds all files to what this gives.
 """
@@ -132,6 +132,26 @@ def codegen() -> list[str]:
     ]
 
 
+def emulated() -> list[str]:
+    """By operation: cases of compiled kernels, those that break the contract, the nearest to it."""
+    found: dict[str, list[dict[str, str]]] = {}
+    for row in table_rows(RESULTS / "emulated.md"):
+        found.setdefault(row["operation"], []).append(row)
+    rows = [
+        [name, *(str(sum(int(row[what]) for row in by)) for what in ("cases", "broken")),
+         max((row["of allowed"] for row in by), key=float)]
+        for name, by in found.items()
+    ]  # fmt: skip
+    return [
+        "### Compiled kernels, emulated",
+        paragraph("""What `fastnorm verify --quick` examines on a GPU, of kernels compiled for sm_90
+            whose PTX ran on a CPU, with approximate instructions as wrong as they may be. Last
+            column: the share of the error that the contract allows, of the worst result. By dtype:
+            [bench/results/emulated.md](bench/results/emulated.md)."""),
+        table(["operation", "cases", "broken", "of allowed"], rows),
+    ]
+
+
 def block() -> str:
     """README's results."""
     found = benchmarks()
@@ -147,7 +167,7 @@ def block() -> str:
             page = f"{folder.relative_to(ROOT)}.md"
             words = f"torch.nn's own layers, one by one, in [{page}]({page}):"
             parts += [words, cpu_page.verdict(result)]
-    return "\n\n".join([*parts, *traffic(), *codegen(), END])
+    return "\n\n".join([*parts, *traffic(), *codegen(), *emulated(), END])
 
 
 def linear_times() -> str:

@@ -1,7 +1,8 @@
 """Without a GPU every kernel runs in Triton's interpreter, chosen before triton is imported.
 
 There each launch is also judged by the checker (checker.py). With a GPU the same tests run
-compiled: they take the `backend` fixture, which says where tensors live.
+compiled: they take the `backend` fixture, which says where tensors live. FASTNORM_EMULATE=1 has
+them compiled without one, and their machine code emulated (bench/emulate).
 """
 
 import importlib.util
@@ -24,6 +25,8 @@ def like_print(*args: object, sep: str = " ", end: str = "\n") -> None:
 
 
 HAS_GPU = torch.cuda.is_available()
+EMULATED = os.environ.get("FASTNORM_EMULATE") == "1"
+INTERPRETED = not HAS_GPU and not EMULATED
 HAS_HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
 collect_ignore = [
     path.name
@@ -33,7 +36,7 @@ collect_ignore = [
 ]
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # a worker a core: more threads would wait for each other
-if not HAS_GPU:
+if INTERPRETED:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise pytest.UsageError("triton was imported before the interpreter could be asked for")
     os.environ["TRITON_INTERPRET"] = "1"
@@ -63,7 +66,7 @@ def pytest_report_header() -> str | None:
 @pytest.fixture(autouse=True)
 def _judged(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every kernel that a test launches in the interpreter is checked."""
-    if HAS_GPU or request.node.get_closest_marker("unchecked"):
+    if not INTERPRETED or request.node.get_closest_marker("unchecked"):
         yield
         return
     with checked():
@@ -78,6 +81,12 @@ def backend(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     kind = request.param
     if kind == "interpreted" and HAS_GPU:
         pytest.skip("with a GPU the kernels run compiled: see the same test there")
+    if EMULATED:
+        from emulate import emulating
+
+        with emulating():
+            yield torch.device("cpu")
+        return
     with fastnorm.use_backend("eager" if kind == "eager" else "triton"):
         yield torch.device("cuda" if kind == "compiled" else "cpu")
 
@@ -98,8 +107,15 @@ def small_tiles(backend: torch.device, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if HAS_GPU:
+    if EMULATED:
+        items[:] = [item for item in items if _backend_of(item) == "compiled"]
+    if not INTERPRETED:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+def _backend_of(item: pytest.Item) -> object:
+    """The parameter of the `backend` fixture that a test runs with, if it has one."""
+    return getattr(item, "callspec", None) and item.callspec.params.get("backend")

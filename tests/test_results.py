@@ -69,6 +69,10 @@ def test_summary_has_the_numbers_of_its_sources():
     most = max(int(row["registers"]) for row in compiled)
     row = next(t for t in render.codegen()[2].splitlines() if "sm_90" in t)
     assert f"| {len(compiled)} | {most} |" in row
+    kept = render.table_rows(render.RESULTS / "emulated.md")
+    cases = sum(int(row["cases"]) for row in kept if row["operation"] == "rms_norm")
+    row = next(t for t in render.emulated()[2].splitlines() if "rms_norm" in t)
+    assert f"| rms_norm | {cases} | 0 |" in row
 
 
 # The verdicts of cpu.md.
