@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from cases import assert_close
 from probes import (
     HAS_GPU,
+    INTERPRETED,
     committed,
     draw,
     kernels_run,
@@ -123,7 +124,9 @@ def test_many_rows(backend, kind, shape):
 def test_long_rows(backend, kind, shape):
     """N ≥ 131,072: wider than any tile, and than 16 bits."""
     # in the interpreter the parameters' sums would be thousands of programs, one after another
-    compare(kind, draw(*shape, device=backend) + 1, affine=HAS_GPU or not kernels_run(backend))
+    compare(
+        kind, draw(*shape, device=backend) + 1, affine=not (INTERPRETED and kernels_run(backend))
+    )
 
 
 # ---- 3: shapes -----------------------------------------------------------------------------------
@@ -152,7 +155,7 @@ def test_fewer_rows_than_programs(backend, way, kind, rows, size):
 @each_kind
 def test_no_program_is_without_a_row(backend, kind):
     """Or its partial sums would have to be zeros: every launch is as wide as its work."""
-    if not kernels_run(backend) or HAS_GPU:
+    if not (INTERPRETED and kernels_run(backend)):
         pytest.skip("launches are seen in the interpreter")
     for name, multiprocessors in WAYS.items():
         if multiprocessors is None:
@@ -285,7 +288,7 @@ class Operators(TorchDispatchMode):
 @each_kind
 def test_16_bit_input_with_float32_parameters_stays_fused(monkeypatch, backend, kind, dtype):
     """bf16 input with fp32 weight losing the fused path: one launch forward, no cast in between."""
-    if not kernels_run(backend) or HAS_GPU:
+    if not (INTERPRETED and kernels_run(backend)):
         pytest.skip("launches are seen in the interpreter")
     # a mode that counts is no graph being recorded: launch as for anyone else
     monkeypatch.setattr(native, "observed", lambda tensor: False)

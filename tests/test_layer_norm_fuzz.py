@@ -17,7 +17,7 @@ import torch
 from cases import FLOATS, compute_dtype
 from fuzzing import LAYOUTS, Bounds, Call, at_length, fuzz, near_a_kink
 from hypothesis import strategies as st
-from probes import HAS_GPU, kernels_run, kernels_seen
+from probes import INTERPRETED, kernels_run, kernels_seen
 from row_ways import WAYS, taking
 from torch import Tensor
 
@@ -25,7 +25,7 @@ import fastnorm.functional as FF
 from fastnorm.eager.activations import ACTIVATIONS
 
 checked = contextlib.nullcontext
-if not HAS_GPU:
+if INTERPRETED:
     from checker import checked
 
 pytestmark = pytest.mark.unchecked  # each example is, on its own
@@ -307,7 +307,7 @@ def test_layer_norm(backend):
     kernels = kernels_run(backend)
     with kernels_seen() as seen:
         fuzz(cases(), lambda case: check(case, backend), 25 if kernels else 150)
-    assert seen == (KERNELS if kernels and not HAS_GPU else set())
+    assert seen == (KERNELS if kernels and INTERPRETED else set())
 
 
 @pytest.mark.slow
