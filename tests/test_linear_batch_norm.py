@@ -4,6 +4,7 @@ Errors are norms, relative to the reference, and are compared with those of torc
 operators in the same dtype: single elements of a gradient may flip with the sign of a rounded z.
 """
 
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
@@ -788,3 +789,22 @@ def test_an_infinity_in_the_first_row_makes_the_mean_infinite(backend):
     FF.linear_batch_norm(x, w, None, mean, var, training=True, algorithm="gram")
     assert mean.isinf().all()
     assert var.isnan().all()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("kernel", [1, 3], ids=["1", "3"])
+@pytest.mark.parametrize("axes", [1, 2, 3])
+def test_a_convolution_refuses_a_rank_as_torchs_layers_do(backend, axes, kernel, training):
+    """No rank but its own: the convolution takes one sample alone, and the norm refuses it."""
+    options = {"padding": kernel // 2, "bias": False}
+    ours = getattr(fastnorm, f"Conv{axes}dBatchNorm")(4, 5, kernel, **options)
+    theirs = torch.nn.Sequential(
+        getattr(torch.nn, f"Conv{axes}d")(4, 5, kernel, **options),
+        getattr(torch.nn, f"BatchNorm{axes}d")(5),
+    )
+    for rank in {1, 2, 3, 4, 5, 6} - {axes + 2}:
+        x = torch.ones([4] * rank, device=backend)
+        with pytest.raises((RuntimeError, ValueError)) as theirs_says:
+            theirs.to(backend).train(training)(x)
+        with pytest.raises(theirs_says.type, match=re.escape(str(theirs_says.value))):
+            ours.to(backend).train(training)(x)

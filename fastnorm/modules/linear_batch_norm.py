@@ -110,6 +110,7 @@ class _ConvBatchNorm(torch.nn.Module):
 
     _conv: ClassVar[type[torch.nn.modules.conv._ConvNd]]
     _norm: ClassVar[type[BatchNorm1d] | type[BatchNorm2d] | type[BatchNorm3d]]
+    _axes: ClassVar[int]  # of an input, with the batch
 
     def __init__(
         self,
@@ -148,6 +149,8 @@ class _ConvBatchNorm(torch.nn.Module):
             y = as_node(self, input)
         elif are_apart(child(self, "conv"), child(self, "norm"), self._conv, input):
             y = self.as_written(input)
+        elif isinstance(input, Tensor) and input.ndim != self._axes:
+            y = self.as_written(input)  # it is for torch's layers to say what is wrong
         else:
             conv, norm = child(self, "conv"), child(self, "norm")
             if isinstance(input, Tensor):
@@ -179,7 +182,7 @@ class Conv1dBatchNorm(_ConvBatchNorm):
     torch.Size([2, 4, 7])
     """
 
-    _conv, _norm = torch.nn.Conv1d, BatchNorm1d
+    _conv, _norm, _axes = torch.nn.Conv1d, BatchNorm1d, 3
 
 
 class Conv2dBatchNorm(_ConvBatchNorm):
@@ -194,7 +197,7 @@ class Conv2dBatchNorm(_ConvBatchNorm):
     torch.Size([2, 8, 5, 5])
     """
 
-    _conv, _norm = torch.nn.Conv2d, BatchNorm2d
+    _conv, _norm, _axes = torch.nn.Conv2d, BatchNorm2d, 4
 
 
 class Conv3dBatchNorm(_ConvBatchNorm):
@@ -209,4 +212,4 @@ class Conv3dBatchNorm(_ConvBatchNorm):
     torch.Size([2, 2, 2, 2, 2])
     """
 
-    _conv, _norm = torch.nn.Conv3d, BatchNorm3d
+    _conv, _norm, _axes = torch.nn.Conv3d, BatchNorm3d, 5
