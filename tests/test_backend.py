@@ -392,6 +392,16 @@ def test_traces_of_images(module, last):
         assert y.stride() == x.stride()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace(_method)?` is deprecated")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_holds_what_onnx_knows():
+    """An InstanceNorm, and no group norm of a number of groups that was recorded; no RMS norm."""
+    traced = torch.jit.trace(fastnorm.InstanceNorm2d(4), torch.randn(2, 4, 3, 3))
+    assert "aten::instance_norm" in str(traced.inlined_graph)
+    traced = torch.jit.trace(fastnorm.RMSNorm(4), torch.randn(2, 4))
+    assert "aten::rms_norm" not in str(traced.inlined_graph)
+
+
 # ---- the backward follows the forward ------------------------------------------------------------
 def launches_of(call: Callable[[], Any]) -> list[str]:
     """The kernels that a call launches in the interpreter."""

@@ -183,10 +183,11 @@ def rms_norm(
     activation: str,
 ) -> Tensor | None:
     """`functional.rms_norm`."""
-    dtype = input.dtype
+    dtype, size = input.dtype, input.numel()
     if (
         (weight is not None and weight.dtype is not dtype)
-        or not 0 < input.numel() < SMALL
+        or type(size) is not int  # in a trace, for which ONNX has no RMS norm
+        or not 0 < size < SMALL
         or not dtype.is_floating_point  # torch has one of complex numbers, too
     ):
         return None

@@ -71,6 +71,8 @@ def instance_norm(
         # (as vmapped as the input is; torch loses what it should write to a vmapped view)
         mean, var = (input.new_zeros(input.shape[:2], dtype=dtype) for _ in range(2))
         statistics = mean, var
+    elif torch._C._get_tracing_state() is not None:
+        return _recorded(input, weight, bias, eps, residual, activation)
     last = not input.is_contiguous() and channels_are_last(input)
     if (
         last
@@ -94,6 +96,27 @@ def instance_norm(
             dtype = torch.promote_types(running.dtype, instances.dtype)
             move(running, instances.to(dtype).mean(0), momentum)
     return y
+
+
+def _recorded(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    residual: Tensor | None,
+    activation: str,
+) -> Tensor:
+    """torch's own, for TorchScript: ONNX knows it, and no group norm of as many groups as channels.
+
+    How many those are is the trace's to record, and a group norm's to know when it is exported.
+    """
+    y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
+    kept = native.kept_format(input)
+    input, weight, bias = prepared(input, weight, bias, residual, activation)
+    z = torch.instance_norm(
+        input.contiguous(), weight, bias, None, None, True, 0.0, eps, False
+    ).contiguous(memory_format=kept)
+    return ACTIVATIONS[activation](z if residual is None else z + residual).to(y_dtype)
 
 
 def _as_channels(
