@@ -381,6 +381,50 @@ def test_memory_format_of_the_output_is_torchs(backend, monkeypatch, name, shape
         assert y.stride() == getattr(torch.nn.functional, name)(x, shape[-1:]).stride()
 
 
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_memory_format_of_a_sum_is_torchs(backend, name):
+    """And of the norm of that sum. Both operands are asked, the first of them first."""
+    dense = torch.randn(2, 3, 4, 5, device=backend)
+    last = dense.to(memory_format=torch.channels_last)
+    turned = torch.randn(3, 2, 4, 5, device=backend).transpose(0, 1)
+    columns = torch.randn(2, 3, 5, 4, device=backend).mT
+    operands = (dense, last, turned, columns, last[:, :, ::2].repeat(1, 1, 2, 1))
+    for x, r in itertools.product(operands, repeat=2):
+        leaves = [t.detach().requires_grad_() for t in (x, r)]
+        y, total = getattr(FF, f"add_{name}")(*leaves, (5,), activation="silu")
+        assert torch.equal(total, x + r)
+        assert total.stride() == (x + r).stride()
+        assert y.stride() == getattr(torch.nn.functional, name)(x + r, (5,)).stride()
+        dy = torch.randn_like(y)
+        again = [t.detach().double().requires_grad_() for t in (x, r)]
+        want = torch.nn.functional.silu(getattr(torch.nn.functional, name)(sum(again), (5,)))
+        found = torch.autograd.grad((y, total), leaves, (dy, dy))
+        wanted = torch.autograd.grad((want, sum(again)), again, (dy.double(), dy.double()))
+        for dx, expected in zip(found, wanted, strict=True):
+            assert_close(dx, expected, 100)
+
+
+@pytest.mark.parametrize("given", [torch.complex64, torch.complex128], ids=str)
+@pytest.mark.parametrize("parameter", [None, torch.float32, torch.complex64], ids=str)
+def test_complex_numbers(backend, given, parameter):
+    """RMS norm is torch's, which squares them as they are. Layer norm knows none, as torch's."""
+    x = 1e-4 * torch.randn(3, 8, dtype=given, device=backend)
+    weight = None if parameter is None else torch.randn(8, dtype=parameter, device=backend)
+    for eps in (None, 1e-5):
+        want = torch.nn.functional.rms_norm(x, (8,), weight, eps)
+        torch.testing.assert_close(FF.rms_norm(x, (8,), weight, eps), want)
+        both = FF.add_rms_norm(x / 4, 0.75 * x, (8,), weight, eps, activation="tanh")
+        torch.testing.assert_close(both, (want.tanh(), x))
+    leaf = x.detach().requires_grad_()
+    again = x.detach().requires_grad_()
+    (dx,) = torch.autograd.grad(FF.rms_norm(leaf, (8,), weight), leaf, x)
+    (want,) = torch.autograd.grad(torch.nn.functional.rms_norm(again, (8,), weight), again, x)
+    torch.testing.assert_close(dx, want)
+    for call in (FF.layer_norm, torch.nn.functional.layer_norm):
+        with pytest.raises(NotImplementedError, match="Complex"):
+            call(x, (8,))
+
+
 @pytest.mark.parametrize("layout", ["expanded", "transposed", "sliced"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_any_strides_of_dy_and_residual(backend, kind, layout):

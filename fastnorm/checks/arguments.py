@@ -64,7 +64,8 @@ def residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:
             f"residual must have the shape of the normalized tensor, {list(shape)}, "
             f"but got {list(residual.shape)}"
         )
-    if residual.dtype not in FLOATS or residual.device != input.device:
+    wrong = residual.dtype not in FLOATS and residual.dtype is not input.dtype
+    if wrong or residual.device != input.device:
         refuse("residual", residual, input)
 
 

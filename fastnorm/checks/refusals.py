@@ -7,6 +7,8 @@ from torch import Tensor
 
 FLOATS = frozenset({torch.float16, torch.bfloat16, torch.float32, torch.float64})
 """What is computed with."""
+COMPLEX = frozenset({torch.complex64, torch.complex128})
+"""What torch has an RMS norm of besides."""
 
 
 def refuse(name: str, tensor: Tensor, input: Tensor) -> NoReturn:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastnorm.checks.refusals import FLOATS, refuse, require_tensors, scalar_type
+from fastnorm.checks.refusals import COMPLEX, FLOATS, refuse, require_tensors, scalar_type
 
 
 def batch_statistics(
@@ -186,7 +186,9 @@ def row_statistics(
         device = input.device
         for tensor in (weight, bias):
             if tensor is not None and (
-                tensor.shape != size or tensor.dtype not in FLOATS or tensor.device != device
+                tensor.shape != size
+                or (tensor.dtype not in FLOATS and not _is_complex(name, input, tensor))
+                or tensor.device != device
             ):
                 small = "weight" if tensor is weight else "bias"
                 if tensor.shape != size:
@@ -198,11 +200,16 @@ def row_statistics(
                 refuse(small, tensor, input)
         if input.shape[-axes:] != size:
             _refuse_shape(name, input.shape, normalized_shape)
-        if input.dtype not in FLOATS:
+        if input.dtype not in FLOATS and not _is_complex(name, input):
             raise NotImplementedError(f"\"{name}\" not implemented for '{scalar_type(input)}'")
     except AttributeError:
         require_tensors(input=input, weight=weight, bias=bias)
         raise
+
+
+def _is_complex(name: str, *tensors: Tensor) -> bool:
+    """Whether these are complex numbers, which of these two norms RMS norm knows."""
+    return name == "rms_norm" and all(tensor.dtype in COMPLEX for tensor in tensors)
 
 
 def _refuse_shape(name: str, shape: Sequence[int], normalized_shape: Sequence[int]) -> None:

@@ -35,6 +35,8 @@ def rms_norm(
     activation: str,
 ) -> Tensor:
     """`act(rms_norm(input))` of arguments that `functional.rms_norm` has checked."""
+    if input.is_complex():
+        return ACTIVATIONS[activation](torch.rms_norm(input, tuple(normalized_shape), weight, eps))
     if (
         not input.is_cpu
         or input.numel() == 0

@@ -74,8 +74,8 @@ def rms_norm(
 
     Args:
         input: (*, *normalized_shape), any floating dtype, which is the output's; float32 under
-            autocast on CUDA.
-        weight: γ, `normalized_shape`, of any floating dtype.
+            autocast on CUDA. Or complex: x² is then the square of the number, as torch's.
+        weight: γ, `normalized_shape`, of any floating dtype, complex where the input is.
         eps: None is the machine epsilon of float32; of float64 for such an input.
         activation: as in `batch_norm`.
 
@@ -183,4 +183,4 @@ def add_rms_norm(
 
 def _machine_epsilon(dtype: torch.dtype) -> float:
     """torch's default: that of the type it computes in."""
-    return EPSILON_64 if dtype is torch.float64 else EPSILON_32
+    return EPSILON_64 if dtype in (torch.float64, torch.complex128) else EPSILON_32

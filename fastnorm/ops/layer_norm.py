@@ -10,7 +10,7 @@ from torch import Tensor
 from fastnorm import eager
 from fastnorm.eager import native
 from fastnorm.kernels import layer_norm as kernels
-from fastnorm.ops.layout import as_rows, as_vector, on_device_of, recorded
+from fastnorm.ops.layout import as_rows, as_vector, is_in_order, on_device_of, recorded
 from fastnorm.ops.library import layer_norm as library
 
 
@@ -160,6 +160,9 @@ def add_layer_norm(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """`functional.add_layer_norm` on Triton kernels; arguments are already checked."""
+    if not is_in_order(input):
+        total = input + residual
+        return layer_norm(total, normalized_shape, weight, bias, eps, activation), total
     both: tuple[Tensor, Tensor] = _normalize(
         input, residual, normalized_shape, weight, bias, eps, activation, True
     )
@@ -175,6 +178,9 @@ def add_rms_norm(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """`functional.add_rms_norm` on Triton kernels; arguments are already checked."""
+    if not is_in_order(input):
+        total = input + residual
+        return rms_norm(total, normalized_shape, weight, eps, activation), total
     both: tuple[Tensor, Tensor] = _normalize(
         input, residual, normalized_shape, weight, None, eps, activation, False
     )

@@ -1,6 +1,7 @@
 """How the kernels see a tensor: dense, as (N, C, S), or as rows with a contiguous last axis."""
 
 import contextlib
+import itertools
 import math
 
 import torch
@@ -76,6 +77,17 @@ def as_rows(x: Tensor, size: int) -> Tensor:
     """`x` as (rows, size) with a contiguous last axis: a view, or the one copy that it takes."""
     rows = in_memory(x).reshape(-1, size)
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
+
+
+def is_in_order(x: Tensor) -> bool:
+    """Whether what torch computes from `x` is contiguous: it keeps the order of the strides.
+
+    The rows of others are copied anyway, and a sum of two copies takes longer than one of a sum.
+    """
+    if x.is_contiguous():
+        return True
+    strides = [stride for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1]
+    return all(outer >= inner for outer, inner in itertools.pairwise(strides))
 
 
 def as_vector(t: Tensor | None) -> Tensor | None:
