@@ -304,3 +304,18 @@ def test_planes_whose_squares_are_no_numbers_are_finite_where_torchs_are(
         assert got.isfinite().all()
     for got, torchs in results[:2]:  # y and dx: torch's of the others are no more than finite
         assert_close(got[1, 1], torchs[1, 1], terms=600)
+
+
+@pytest.mark.parametrize("positions", [50, 5000, 20000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_squares_beyond_float32_with_a_residual(dtype, positions):
+    """On a CPU torch's batch norm, which its InstanceNorm is, sums in double."""
+    x = (1e30 * torch.randn(2, 3, positions)).to(dtype)
+    r = torch.randn(2, 3, positions).to(dtype)
+    y = fastnorm.InstanceNorm1d(3, affine=True)(x, residual=r)
+    want = torch.nn.functional.instance_norm(x.double() / 1e30, eps=0.0) + r.double()
+    # torch's rstd, in float32, is lost where the variance is
+    assert y.isfinite().all()
+    theirs = torch.nn.InstanceNorm1d(3, affine=True)(x) + r
+    error, allowed = ((t.double() - want).abs().max() for t in (y, theirs))
+    assert error <= 2 * allowed
