@@ -16,7 +16,10 @@ import fastnorm
 pytest.importorskip("onnx", reason="torch.onnx writes its models")
 pytest.importorskip("onnxscript", reason="torch.onnx imports it")
 runtime = pytest.importorskip("onnxruntime", reason="it computes them")
-pytestmark = pytest.mark.filterwarnings("ignore")  # of exporters, about themselves
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of exporters, about themselves
+]
 
 F = fastnorm
 ACTIVATED = ("relu", "relu6", "leaky_relu", "elu", "silu", "gelu", "gelu_tanh", "tanh", "sigmoid")
