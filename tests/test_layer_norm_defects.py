@@ -107,7 +107,7 @@ def test_strides_beyond_32_bits(backend, kind, shape, strides):
     with kernels_seen() as seen:
         compare(kind, x)
     assert committed() - before < 2**28
-    assert ("layer_norm_fwd_kernel" in seen) == kernels_run(backend)
+    assert ("layer_norm_fwd_kernel" in seen) == (INTERPRETED and kernels_run(backend))
 
 
 @pytest.mark.parametrize("shape", [(65537, 3), (2, 32769, 2)], ids=str)
