@@ -109,7 +109,7 @@ def moments_of_row(
         at, mask = col[None, :], inside[None, :]
         x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
         store_cast(sum_ptr, at, x, mask)
-        count_t = tl.sum(mask.to(ACC), axis=1)
+        count_t = tl.sum(mask.to(tl.int32), axis=1).to(ACC)
         mean_t, rest_t, std_t, _ = row_moments(x, mask, count_t, CENTER)
         if tile == first:
             base = finite_or_zero(mean_t)
