@@ -134,7 +134,7 @@ def merge_partials(count, mean, std):
 def merge_two(count_a, mean_a, std_a, count_b, mean_b, std_b):
     """Merge two partial statistics; count_a may be 0."""
     count = count_a + count_b
-    share = count_b / count
+    share = quotient(count_b, count)  # never above 1: var would be negative
     d = mean_b - mean_a
     scale, unit = scale_of(tl.maximum(tl.abs(d), tl.maximum(std_a, std_b)))
     a, b, e = std_a * unit, std_b * unit, d * unit
