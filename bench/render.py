@@ -145,8 +145,9 @@ def emulated() -> list[str]:
     return [
         "### Compiled kernels, emulated",
         paragraph("""What `fastnorm verify --quick` examines on a GPU, of kernels compiled for sm_90
-            whose PTX ran on a CPU, with approximate instructions as wrong as they may be. Last
-            column: the share of the error that the contract allows, of the worst result. By dtype:
+            whose PTX ran on a CPU, approximate instructions being wrong at random, by up to what
+            their manual allows. Last column: the share of the error that the contract allows, of
+            the worst result. By dtype:
             [bench/results/emulated.md](bench/results/emulated.md)."""),
         table(["operation", "cases", "broken", "of allowed"], rows),
     ]

@@ -117,7 +117,7 @@ def backend_for(tensor: Tensor) -> str:
     # kernels see raw memory: a DTensor has none itself, and what vmap has is not the caller's
     if native.transformed() or hasattr(tensor, "__tensor_flatten__"):
         return "eager"
-    if torch._C._get_tracing_state() is not None:  # TorchScript has no kernels
+    if native.traced():  # TorchScript has no kernels
         return "eager"
     if name == "auto":
         return "triton" if environment.has_triton else "eager"

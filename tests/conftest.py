@@ -16,6 +16,7 @@ from unittest import mock
 
 import pytest
 import torch
+from probes import EMULATED, HAS_GPU, INTERPRETED
 
 import fastnorm
 
@@ -24,9 +25,6 @@ def like_print(*args: object, sep: str = " ", end: str = "\n") -> None:
     """What `print` takes."""
 
 
-HAS_GPU = torch.cuda.is_available()
-EMULATED = os.environ.get("FASTNORM_EMULATE") == "1"
-INTERPRETED = not HAS_GPU and not EMULATED
 HAS_HYPOTHESIS = importlib.util.find_spec("hypothesis") is not None
 collect_ignore = [
     path.name

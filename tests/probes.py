@@ -15,8 +15,9 @@ from torch import Tensor
 import fastnorm
 
 HAS_GPU = torch.cuda.is_available()
+EMULATED = os.environ.get("FASTNORM_EMULATE") == "1"
 # Launches are seen in the interpreter alone; the emulator of bench/emulate is as silent as a GPU.
-INTERPRETED = not HAS_GPU and os.environ.get("FASTNORM_EMULATE") != "1"
+INTERPRETED = not HAS_GPU and not EMULATED
 
 
 def draw(*size: int, device: torch.device, dtype: torch.dtype = torch.float32, seed: int = 0):

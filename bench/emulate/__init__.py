@@ -9,8 +9,8 @@ refuses what compute-sanitizer would: an access beyond the launch's tensors, or 
 size; words of shared memory that two warps use without a barrier between them; a barrier that some
 threads do not reach. What is copied asynchronously is NaN until it has been waited for.
 
-Where PTX leaves a result open, a `seed` chooses: approximate instructions are wrong by as much as
-their manual allows, and a product and a sum that ptxas may contract are contracted.
+Where PTX leaves a result open, a `seed` chooses: approximate instructions are wrong at random, by
+no more than their manual allows, and a product and a sum that ptxas may contract are contracted.
 
 Not modelled: the order of sums within a matrix product, products that are still under way, time.
 """
@@ -28,8 +28,7 @@ from torch import Tensor
 
 from emulate import accesses, computing, warpgroup
 from emulate.arithmetic import Rounding
-from emulate.computing import Step
-from emulate.machine import CONTROL, Machine
+from emulate.machine import CONTROL, Machine, Step
 from emulate.memory import Global
 from emulate.order import ordered
 from emulate.parse import Instruction, Program, parse
@@ -44,7 +43,8 @@ def decode(i: Instruction) -> Step | None:
         return None
     if i.opcode not in _DECODERS:
         raise NotImplementedError(f"the emulator does not know: {i.text}")
-    return _DECODERS[i.opcode](i)
+    step = _DECODERS[i.opcode](i)
+    return step if i.guard is None else lambda m: m.only(i, step)
 
 
 @functools.lru_cache(256)

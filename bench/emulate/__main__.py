@@ -34,7 +34,7 @@ def report(found: Sequence[Examined], target: str, seed: int | None) -> str:
     ]  # fmt: skip
     lead = f"""Triton {triton.__version__}'s PTX for {target}, run by bench/emulate, beside
         torch.nn of torch {torch.__version__}: no GPU was involved, and nothing is said of time.
-        Remake with `make emulate`. Approximate instructions err at random by as much as their
+        Remake with `make emulate`. Approximate instructions err at random, by up to what their
         manual allows, and products and sums are contracted (seed {seed}). Ratio: of our error to
         torch.nn's, in the geometric mean. Of allowed: the share of what the contract of
         docs/numerics.md allows that the worst result takes."""
@@ -53,12 +53,11 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="negative: every result is exact")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth case alone")
     parser.add_argument("--first", type=int, default=0, metavar="K", help="… from case K on")
-    parser.add_argument("--crossed", action="store_true", help="all cases, not the quick ones")
     parser.add_argument("--out", type=Path, help="where to write the Markdown")
     parser.add_argument("--json", action="store_true", help="print what is broken, in JSON")
     options = parser.parse_args()
     seed = None if options.seed < 0 else options.seed
-    listed = cases(not options.crossed)[options.first :: options.every]
+    listed = cases(quick=True)[options.first :: options.every]
     torch.use_deterministic_algorithms(True)  # uninitialized memory is NaN
     with emulating(options.target, seed=seed):
         found = list(examined(listed, torch.device("cpu"), backend="triton"))

@@ -3,8 +3,8 @@
 import numpy as np
 
 from emulate import warps
-from emulate.computing import Decoder, Step, names_of
-from emulate.machine import Machine
+from emulate.computing import Decoder, names_of
+from emulate.machine import Machine, Step
 from emulate.memory import Copy
 from emulate.numbers import UNSIGNED, Array, bits_of_type, of_bits
 from emulate.parse import Instruction
@@ -48,9 +48,7 @@ def _load(i: Instruction) -> Step:
     names, bits = names_of(target), bits_of_type(kind)
 
     def step(m: Machine) -> None:
-        lanes = np.flatnonzero(m.guarded(i))
-        if not len(lanes):
-            return
+        lanes = np.flatnonzero(m.active)
         at = address.of(m)[lanes]
         if space == "global":
             found = m.memory.load(at, bits, len(names), i.text)
@@ -68,9 +66,7 @@ def _store(i: Instruction) -> Step:
     names, width = names_of(i.operands[1]), UNSIGNED[bits_of_type(kind)]
 
     def step(m: Machine) -> None:
-        lanes = np.flatnonzero(m.guarded(i))
-        if not len(lanes):
-            return
+        lanes = np.flatnonzero(m.active)
         at = address.of(m)[lanes]
         values = [m.of_each(name, kind)[lanes].astype(width) for name in names]
         if space == "global":
@@ -93,9 +89,7 @@ def _copy(i: Instruction) -> Step:
     size, given = int(i.operands[2], 0), i.operands[3:]
 
     def step(m: Machine) -> None:
-        lanes = np.flatnonzero(m.guarded(i))
-        if not len(lanes):
-            return
+        lanes = np.flatnonzero(m.active)
         read = np.ones(len(lanes), bool)
         if given:  # how many bytes are read; the others are zeros
             length = m.of_each(given[0], "b32")[lanes]

@@ -1,7 +1,7 @@
 """What instructions compute, on values of all lanes at once: no registers, no memory.
 
-Where the manual promises less than a correctly rounded result, `Rounding` errs by as much as it
-allows, at random: what is right here is right on every device that keeps to the manual.
+Where the manual promises less than a correctly rounded result, `Rounding` errs at random, by no
+more than it allows: another device may err elsewhere, as may another seed.
 """
 
 import zlib
@@ -13,7 +13,7 @@ from emulate.numbers import PLAIN, Array, bits_of_type, of_bits, to_bits
 
 TINY = np.finfo(np.float32).tiny
 # Units in the last place by which an approximate instruction may be wrong (PTX ISA 8.7, 9.7.3).
-APPROXIMATE = {"div.full": 2, "ex2.approx": 2, "sqrt.approx": 1, "rsqrt.approx": 2, "rcp.approx": 1}
+APPROXIMATE = {"div.full": 2, "ex2.approx": 2, "sqrt.approx": 1}
 
 
 class Rounding:
@@ -32,7 +32,7 @@ class Rounding:
         return zlib.crc32(f"{self.seed} {text}".encode()) % products
 
     def approximate(self, name: str, exact: Callable[..., Array], *values: Array) -> Array:
-        """float32 of float32, wrong by as much as the instruction may be."""
+        """float32 of float32, wrong by no more than the instruction may be."""
         wide = exact(*(v.astype(np.float64) for v in values))
         near = wide.astype(np.float32)
         if self.seed is None:

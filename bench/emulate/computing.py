@@ -6,11 +6,10 @@ from functools import partial
 import numpy as np
 
 from emulate import arithmetic, warps
-from emulate.machine import Machine
+from emulate.machine import Machine, Step
 from emulate.numbers import UNSIGNED, Array, bits_of_type, of_bits, to_bits
 from emulate.parse import Instruction
 
-Step = Callable[[Machine], None]
 Decoder = Callable[[Instruction], Step]
 
 
@@ -23,7 +22,7 @@ def _computed(
 
     def step(m: Machine) -> None:
         found = function(*(m.value(source, kind) for source, kind in pairs))
-        m.write(target, to_bits(found, result), None if i.guard is None else m.guarded(i))
+        m.write(target, to_bits(found, result))
 
     return step
 
@@ -186,7 +185,7 @@ def _move(i: Instruction) -> Step:
         return _put_together(target, names_of(source), kind)
 
     def step(m: Machine) -> None:
-        m.write(target, m.bits(source, kind), None if i.guard is None else m.guarded(i))
+        m.write(target, m.bits(source, kind))
 
     return step
 
@@ -270,7 +269,6 @@ DECODERS: dict[str, Decoder] = {
     "and": plain(np.bitwise_and), "or": plain(np.bitwise_or), "xor": plain(np.bitwise_xor),
     "not": plain(np.invert), "prmt": plain(arithmetic.permute),
     "div": approximate(np.divide), "sqrt": approximate(np.sqrt), "ex2": approximate(np.exp2),
-    "rcp": approximate(np.reciprocal), "rsqrt": approximate(lambda a: 1 / np.sqrt(a)),
     "shl": by_numbers(arithmetic.shift_left), "shr": by_numbers(arithmetic.shift_right),
     "bfe": by_numbers(arithmetic.extract), "popc": _count,
     "min": extremum(arithmetic.minimum), "max": extremum(arithmetic.maximum),

@@ -62,8 +62,8 @@ class Machine:
     def of_each(self, operand: str, kind: str) -> Array:
         return np.broadcast_to(self.bits(operand, kind), (self.lanes,))
 
-    def write(self, name: str, bits: Array, where: Array | None = None) -> None:
-        """Of the lanes that are here, or of some of them."""
+    def write(self, name: str, bits: Array) -> None:
+        """Of the lanes that are here."""
         if name == "_":
             return
         self.products.pop(name, None)
@@ -72,10 +72,8 @@ class Machine:
             bits = bits.astype(width)
         if bits.shape != (self.lanes,):
             bits = np.broadcast_to(bits, (self.lanes,))
-        if where is None and not self.all_active:
-            where = self.active
-        if where is not None:
-            bits = np.where(where, bits, self.bits(name, ""))
+        if not self.all_active:
+            bits = np.where(self.active, bits, self.bits(name, ""))
         self.registers[name] = bits
 
     def write_some(self, name: str, lanes: Array, bits: Array) -> None:
@@ -96,6 +94,15 @@ class Machine:
         guard = self.bits(instruction.guard, "pred") ^ instruction.unless
         return guard if self.all_active else guard & self.active
 
+    def only(self, instruction: Instruction, step: "Step") -> None:
+        """A step of the lanes whose guard lets them."""
+        here, everywhere = self.active, self.all_active
+        self.active = self.guarded(instruction)
+        if self.active.any():
+            self.all_active = bool(self.active.all())
+            step(self)
+        self.active, self.all_active = here, everywhere
+
     def whole_warps(self, instruction: Instruction) -> None:
         warps = self.active.reshape(-1, 32)
         if not self.all_active and (warps.any(1) & ~warps.all(1)).any():
@@ -108,7 +115,7 @@ class Machine:
             raise AccessError(f"not all threads of a program come to: {instruction.text}")
         self.shared.barrier(whole)
 
-    def run(self, program: Program, steps: Sequence[Callable[["Machine"], None] | None]) -> None:
+    def run(self, program: Program, steps: Sequence["Step | None"]) -> None:
         """Until every lane has returned. `steps` are the program's, None where control flows."""
         waiting = {0: self.active}
         end = len(steps)
@@ -135,6 +142,9 @@ class Machine:
                 break
             else:
                 _join(waiting, at, self.active)
+
+
+Step = Callable[[Machine], None]
 
 
 def _join(waiting: dict[int, Array], at: int, lanes: Array) -> None:

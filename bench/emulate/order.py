@@ -27,7 +27,7 @@ def ordered(program: Program) -> Program:
             code.append(instruction(f"bra at_{ends[start]}"))
     labels = {name: places[at] for name, at in program.labels.items() if at in places}
     labels |= {f"at_{start}": place for start, place in places.items()}
-    return Program(program.name, tuple(code), labels)
+    return Program(tuple(code), labels)
 
 
 def _ends(last: Instruction) -> bool:

@@ -23,7 +23,6 @@ class Instruction:
 class Program:
     """The instructions of an entry, and where its labels point."""
 
-    name: str
     instructions: tuple[Instruction, ...]
     labels: dict[str, int]
 
@@ -57,7 +56,7 @@ def instruction(statement: str) -> Instruction:
 
 def parse(ptx: str) -> Program:
     """The one entry of a module that Triton has compiled."""
-    head = re.search(r"\.entry\s+(\w+)\(.*?\)[^{]*\{", ptx, re.DOTALL)
+    head = re.search(r"\.entry\s+\w+\(.*?\)[^{]*\{", ptx, re.DOTALL)
     assert head, "no entry"
     code = re.sub(r"//.*|/\*.*?\*/", "", ptx[head.end() :])
     code = _renamed(code[: re.search(r"^\}", code, re.MULTILINE).start()])  # type: ignore[union-attr]
@@ -70,7 +69,7 @@ def parse(ptx: str) -> Program:
             statement = statement[label.end() :]
         if statement and not statement.startswith("."):
             instructions.append(instruction(statement))
-    return Program(head[1], tuple(instructions), labels)
+    return Program(tuple(instructions), labels)
 
 
 def _renamed(code: str) -> str:

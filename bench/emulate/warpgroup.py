@@ -5,8 +5,8 @@ import re
 import numpy as np
 
 from emulate import warps
-from emulate.computing import Decoder, Step, names_of
-from emulate.machine import Machine
+from emulate.computing import Decoder, names_of
+from emulate.machine import Machine, Step
 from emulate.memory import Shared
 from emulate.numbers import UNSIGNED, Array, bits_of_type, of_bits, to_bits
 from emulate.parse import Instruction
@@ -55,12 +55,12 @@ def multiply(i: Instruction) -> Step:
         return lambda m: None  # fence, commit_group, wait_group: a product is there at once
     shape, kind = i.modifiers[3], i.modifiers[-1]
     columns, depth = (int(size) for size in re.findall(r"\d+", shape)[1:])
-    target, left, right, accumulates, *_signs = i.operands
-    flags = [*(operand == "1" for operand in i.operands[6:]), False, False]  # tf32 has none
+    target, left, right, accumulates, *signs = i.operands[:6]
+    if signs != ["1", "1"]:
+        raise NotImplementedError(f"a negated operand: {i.text}")
     in_registers = left.startswith("{")
-    left_transposed, right_transposed = (
-        (False, *flags[:1]) if in_registers else (flags[0], flags[1])
-    )
+    flags = [*(operand == "1" for operand in i.operands[6:]), False, False]  # tf32 has none
+    left_transposed, right_transposed = (False, flags[0]) if in_registers else flags[:2]
     names = names_of(target)
     of_a_warp = warps.places((16, columns), 2)
 

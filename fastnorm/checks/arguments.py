@@ -64,6 +64,7 @@ def residual(residual: Tensor, shape: Sequence[int], input: Tensor) -> None:
             f"residual must have the shape of the normalized tensor, {list(shape)}, "
             f"but got {list(residual.shape)}"
         )
+    # that of the input itself is judged with the input
     wrong = residual.dtype not in FLOATS and residual.dtype is not input.dtype
     if wrong or residual.device != input.device:
         refuse("residual", residual, input)

@@ -208,7 +208,7 @@ def row_statistics(
 
 
 def _is_complex(name: str, *tensors: Tensor) -> bool:
-    """Whether these are complex numbers, which of these two norms RMS norm knows."""
+    """Whether these are complex numbers, of which torch has an RMS norm, but no layer norm."""
     return name == "rms_norm" and all(tensor.dtype in COMPLEX for tensor in tensors)
 
 

@@ -36,8 +36,10 @@ def group_norm(
     plain = not input.is_cpu or torch.compiler.is_compiling() or native.observed(input)
     plain = plain or input.numel() == 0
     if plain or (residual is not None and residual.dtype != input.dtype):
-        one = _plain if plain or not input.is_contiguous() else _finite
-        z = one(input, num_groups, weight, bias, eps)
+        if plain or not input.is_contiguous():
+            z = _plain(input, num_groups, weight, bias, eps)
+        else:
+            z = of_torch(input, num_groups, weight, bias, eps)[0]
         return ACTIVATIONS[activation](z if residual is None else z + residual).to(y_dtype)
 
     if not (input.is_contiguous() or channels_are_last(input)):
@@ -84,13 +86,6 @@ def prepared(
 
 def channels_are_last(input: Tensor) -> bool:
     return input.dim() > 3 and input.is_contiguous(memory_format=native.memory_format(input))
-
-
-def _finite(
-    input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> Tensor:
-    """`_plain`, and where planes overflow float32 torch's batch norm of them."""
-    return of_torch(input, num_groups, weight, bias, eps)[0]
 
 
 def _plain(

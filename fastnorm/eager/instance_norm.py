@@ -71,7 +71,7 @@ def instance_norm(
         # (as vmapped as the input is; torch loses what it should write to a vmapped view)
         mean, var = (input.new_zeros(input.shape[:2], dtype=dtype) for _ in range(2))
         statistics = mean, var
-    elif torch._C._get_tracing_state() is not None:
+    elif native.traced():
         return _recorded(input, weight, bias, eps, residual, activation)
     last = not input.is_contiguous() and channels_are_last(input)
     if (

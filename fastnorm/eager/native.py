@@ -59,7 +59,7 @@ def is_dense(input: Tensor) -> bool:
 
 def kept_format(input: Tensor) -> torch.memory_format:
     """That which torch gives to what it computes from `input`, dense or not."""
-    if torch._C._get_tracing_state() is None:
+    if not traced():
         return suggest_memory_format(input)
     # TorchScript records sizes, and does not tell them
     return memory_format(input) if is_dense(input) else torch.contiguous_format
@@ -251,13 +251,18 @@ def needs_no_gradient(*tensors: Tensor | None) -> bool:
     return not torch.is_grad_enabled() or all(t is None or not t.requires_grad for t in tensors)
 
 
+def traced() -> bool:
+    """Whether `torch.jit.trace` records what is called."""
+    return torch._C._get_tracing_state() is not None
+
+
 def observed(input: Tensor) -> bool:
     """Whether a subclass, a transform, forward-mode AD or a trace watches the operators."""
     return (
         type(input) is not Tensor
         or transformed()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        or traced()
     )
 
 

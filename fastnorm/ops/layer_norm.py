@@ -1,4 +1,5 @@
-"""LayerNorm, RMSNorm and their residual-add forms: views, saved tensors, casts. No arithmetic."""
+"""LayerNorm, RMSNorm and their residual-add forms: views, saved tensors, casts. No arithmetic, but
+for a sum of which torch is to choose the layout."""
 
 import math
 from collections.abc import Sequence
@@ -117,9 +118,16 @@ def _normalize(
     activation: str,
     center: bool,
 ) -> Any:
-    return LayerNormFunction.apply(
+    total = None
+    if residual is not None and not is_in_order(input):
+        input = total = input + residual
+        residual = None
+    found = LayerNormFunction.apply(
         input, residual, as_vector(weight), as_vector(bias), tuple(shape), eps, activation, center
     )
+    if residual is None and not center:  # torch's keeps channels_last, unlike its layer norm
+        found = found.contiguous(memory_format=native.kept_format(input))
+    return found if total is None else (found, total)
 
 
 def layer_norm(
@@ -142,12 +150,9 @@ def rms_norm(
     eps: float,
     activation: str,
 ) -> Tensor:
-    """`functional.rms_norm` on Triton kernels; arguments are already checked.
-
-    torch's keeps channels_last, unlike its layer norm. Kernels write rows.
-    """
+    """`functional.rms_norm` on Triton kernels; arguments are already checked."""
     y: Tensor = _normalize(input, None, normalized_shape, weight, None, eps, activation, False)
-    return y.contiguous(memory_format=native.kept_format(input))
+    return y
 
 
 def add_layer_norm(
@@ -160,9 +165,6 @@ def add_layer_norm(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """`functional.add_layer_norm` on Triton kernels; arguments are already checked."""
-    if not is_in_order(input):
-        total = input + residual
-        return layer_norm(total, normalized_shape, weight, bias, eps, activation), total
     both: tuple[Tensor, Tensor] = _normalize(
         input, residual, normalized_shape, weight, bias, eps, activation, True
     )
@@ -178,9 +180,6 @@ def add_rms_norm(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """`functional.add_rms_norm` on Triton kernels; arguments are already checked."""
-    if not is_in_order(input):
-        total = input + residual
-        return rms_norm(total, normalized_shape, weight, eps, activation), total
     both: tuple[Tensor, Tensor] = _normalize(
         input, residual, normalized_shape, weight, None, eps, activation, False
     )
