@@ -41,13 +41,14 @@ from fastnorm.kernels.batch_norm_fwd import (
 )
 from fastnorm.kernels.channel_plans import ChannelPlan, channel_plan
 from fastnorm.kernels.device.activations import ACTIVATIONS, SIGN_GATES
-from fastnorm.kernels.devices import device_of
+from fastnorm.kernels.devices import Device, device_of
 from fastnorm.kernels.launch import (
     MERGE_CHANNELS,
     MERGE_PARTIALS,
     MERGE_WARPS,
     ChannelView,
     cdiv,
+    remembered,
 )
 from fastnorm.kernels.sums import sum_partials
 
@@ -64,7 +65,12 @@ class Launch(NamedTuple):
 
 
 def launch_of(x: Tensor, view: ChannelView) -> Launch:
-    plan = channel_plan(*view, x.element_size(), device_of(x.device))
+    return _launch(view, x.dtype, device_of(x.device))
+
+
+@remembered
+def _launch(view: ChannelView, x_dtype: torch.dtype, device: Device) -> Launch:
+    plan = channel_plan(*view, x_dtype.itemsize, device)
     sizes = (*view[:3], plan.programs, plan.tiles, plan.tiles_per_program)
     tile = {
         "BLOCK_N": plan.block_n, "BLOCK_S": plan.block_s, "BLOCK_C": plan.block_c,
@@ -72,7 +78,7 @@ def launch_of(x: Tensor, view: ChannelView) -> Launch:
         "COLUMNS": plan.columns, "LEAD": plan.lead, **plan.options,
     }  # fmt: skip
     merge = {"BLOCK_C": MERGE_CHANNELS, "BLOCK_P": MERGE_PARTIALS, "num_warps": MERGE_WARPS}
-    dtype = torch.float64 if x.dtype is torch.float64 else torch.float32
+    dtype = torch.float64 if x_dtype is torch.float64 else torch.float32
     return Launch(plan, sizes, tile, (cdiv(view.C, MERGE_CHANNELS),), merge, dtype)
 
 

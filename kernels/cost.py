@@ -6,13 +6,12 @@ cache; and every operator costs its launch. Pure functions of sizes, dtype and d
 always takes the same algorithm. docs/linear_batch_norm.md has the table it gives.
 """
 
-import functools
 from typing import NamedTuple
 
 import torch
 
 from fastnorm.kernels.devices import Device
-from fastnorm.kernels.launch import cdiv
+from fastnorm.kernels.launch import cdiv, remembered
 
 # Activations whose derivative is a function of their output: what gram can do.
 FROM_OUTPUT = frozenset({"identity", "relu", "relu6", "leaky_relu", "elu", "tanh", "sigmoid"})
@@ -84,7 +83,7 @@ def choose(
     )
 
 
-@functools.lru_cache(1024)
+@remembered
 def _choose(
     M: int,
     K: int,

@@ -80,6 +80,9 @@ class Device:
     fused: bool = True  # it runs our kernels
     limits: bool = True  # its compiler takes a limit of registers
 
+    def __hash__(self) -> int:  # whatever is planned is remembered by its device
+        return hash(self.multiprocessors)
+
 
 INTERPRETER = Device(multiprocessors=4)  # small: the interpreter runs one program after another
 _assumed: contextvars.ContextVar[Device | None] = contextvars.ContextVar("device", default=None)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from fastnorm.kernels.batch_norm import saved_for_gate
 from fastnorm.kernels.device.activations import ACTIVATIONS
+from fastnorm.kernels.devices import Device, device_of
 from fastnorm.kernels.group_norm_bwd import (
     group_norm_bwd_apply_kernel,
     group_norm_bwd_finalize_kernel,
@@ -37,11 +38,12 @@ from fastnorm.kernels.group_norm_fwd import (
     group_norm_fwd_moments_kernel,
     instance_norm_running_kernel,
 )
-from fastnorm.kernels.group_norm_whole import plan_of, tile_of, whole_backward, whole_forward
+from fastnorm.kernels.group_norm_whole import tile_of, whole_backward, whole_forward
 from fastnorm.kernels.group_plans import (
     GROUP_MERGE_GROUPS,
     GROUP_MERGE_PARTIALS,
     GROUP_MERGE_WARPS,
+    group_plan,
 )
 from fastnorm.kernels.launch import (
     MERGE_CHANNELS,
@@ -49,6 +51,7 @@ from fastnorm.kernels.launch import (
     MERGE_WARPS,
     ChannelView,
     cdiv,
+    remembered,
 )
 from fastnorm.kernels.sums import sum_partials
 
@@ -66,8 +69,9 @@ class _Shared(NamedTuple):
     merge: dict[str, int]
 
 
-def _shared(x: Tensor, view: ChannelView, num_groups: int) -> _Shared:
-    plan = plan_of(x, view, num_groups)
+@remembered
+def _shared(view: ChannelView, num_groups: int, itemsize: int, device: Device) -> _Shared:
+    plan = group_plan(*view, view.C // num_groups, itemsize, device)
     merge = {
         "BLOCK_R": GROUP_MERGE_GROUPS, "BLOCK_P": GROUP_MERGE_PARTIALS,
         "num_warps": GROUP_MERGE_WARPS,
@@ -110,14 +114,16 @@ def forward(
     y = torch.empty_like(x, dtype=y_dtype)
     stats = torch.empty(3, N * G, dtype=dtype, device=x.device)
     std = None if running_mean is None else torch.empty(N * G, dtype=dtype, device=x.device)
-    whole = whole_forward(x, residual, view, G)
+    itemsize, device = x.element_size(), device_of(x.device)
+    loaded = itemsize + (0 if residual is None else residual.element_size())
+    whole = whole_forward(view, G, itemsize, loaded, device)
     if whole is not None:
         whole.kernel[(whole.programs,)](
             x, residual, weight, bias, y, stats, std, eps, N, C, S, G, K, *whole.shares,
             ACT=act, **whole.constants,
         )  # fmt: skip
     else:
-        grid, shares, positions, tile, merge_grid, merge = _shared(x, view, G)
+        grid, shares, positions, tile, merge_grid, merge = _shared(view, G, itemsize, device)
         partial = torch.empty(3, shares[0], N * C, dtype=dtype, device=x.device)
         group_norm_fwd_moments_kernel[grid](x, partial, N, C, S, *shares, **tile)
         group_norm_fwd_finalize_kernel[merge_grid](
@@ -166,7 +172,8 @@ def backward(
     x_read = wants_dx or wants_sums or (y is None and activation != "identity")
     large = (dy, x if x_read else None, y, residual)
     loaded = sum(t.element_size() for t in large if t is not None)
-    whole = whole_backward(x, loaded, bias is not None, view, G)
+    itemsize, device = x.element_size(), device_of(x.device)
+    whole = whole_backward(view, G, itemsize, loaded, bias is not None, device)
     dz = None
     if y is not None or residual is not None:
         if wants_dx and whole is None:  # read again: no coarser than dy, whatever is wanted
@@ -183,7 +190,7 @@ def backward(
             ACT_GRAD=gate, **whole.constants,
         )  # fmt: skip
     else:
-        grid, shares, _, tile, merge_grid, merge = _shared(x, view, G)
+        grid, shares, _, tile, merge_grid, merge = _shared(view, G, itemsize, device)
         if wants_sums or wants_dx:
             partial = torch.empty(2, shares[0] * N, C, dtype=dtype, device=x.device)
         group_norm_bwd_reduce_kernel[grid](

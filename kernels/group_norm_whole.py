@@ -6,9 +6,7 @@ some neighbouring groups of some samples (group_plans.py).
 
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
-from fastnorm.kernels.devices import device_of
+from fastnorm.kernels.devices import Device
 from fastnorm.kernels.group_norm_bwd import (
     group_norm_bwd_kernel,
     group_norm_bwd_rows_kernel,
@@ -20,7 +18,7 @@ from fastnorm.kernels.group_norm_fwd import (
     group_norm_fwd_run_kernel,
 )
 from fastnorm.kernels.group_plans import GroupPlan, group_plan
-from fastnorm.kernels.launch import ChannelView, cdiv, divisor_class, power_of_two
+from fastnorm.kernels.launch import ChannelView, cdiv, divisor_class, power_of_two, remembered
 from fastnorm.kernels.row_plans import RowPlan
 from fastnorm.kernels.run_plans import (
     kept_run_gradient_plan,
@@ -47,13 +45,11 @@ def tile_of(plan: GroupPlan) -> dict[str, int | bool]:
     }  # fmt: skip
 
 
-def plan_of(x: Tensor, view: ChannelView, num_groups: int) -> GroupPlan:
-    return group_plan(*view, view.C // num_groups, x.element_size(), device_of(x.device))
-
-
-def _whole_columns(x: Tensor, view: ChannelView, num_groups: int, backward: bool) -> Whole | None:
+def _whole_columns(
+    view: ChannelView, num_groups: int, itemsize: int, device: Device, *, backward: bool
+) -> Whole | None:
     """Where channels are innermost, unless programs are to share a group."""
-    plan = plan_of(x, view, num_groups)
+    plan = group_plan(*view, view.C // num_groups, itemsize, device)
     if not plan.whole:
         return None
     constants = tile_of(plan) | {
@@ -81,17 +77,16 @@ def _rows(
     return Whole(kernel, programs, shares, constants, plan.programs)
 
 
+@remembered
 def whole_forward(
-    x: Tensor, residual: Tensor | None, view: ChannelView, num_groups: int
+    view: ChannelView, num_groups: int, itemsize: int, loaded: int, device: Device
 ) -> Whole | None:
-    """None: programs share a group."""
+    """None: programs share a group. `loaded`: bytes for each element, of x and a residual."""
     N, C, S, columns = view
     if columns and S > 1:
-        return _whole_columns(x, view, num_groups, backward=False)
-    itemsize, device = x.element_size(), device_of(x.device)
+        return _whole_columns(view, num_groups, itemsize, device, backward=False)
     L = C // num_groups * S
     align, within = divisor_class(L, itemsize), divisor_class(S, itemsize)
-    loaded = itemsize + (0 if residual is None else residual.element_size())
     constants = {"ALIGN": align, "WITHIN": within}
     rows = kept_run_plan(N, num_groups, L, itemsize, align, within, loaded, device)
     if rows is not None:
@@ -107,14 +102,14 @@ def whole_forward(
     return Whole(group_norm_fwd_run_kernel, N * num_groups, (run.tiles,), constants)
 
 
+@remembered
 def whole_backward(
-    x: Tensor, loaded: int, gated: bool, view: ChannelView, num_groups: int
+    view: ChannelView, num_groups: int, itemsize: int, loaded: int, gated: bool, device: Device
 ) -> Whole | None:
-    """None: programs share a group."""
+    """The same, with all that is read; `gated`: act′ needs z, and so b."""
     N, C, S, columns = view
     if columns and S > 1:
-        return _whole_columns(x, view, num_groups, backward=True)
-    itemsize, device = x.element_size(), device_of(x.device)
+        return _whole_columns(view, num_groups, itemsize, device, backward=True)
     K = C // num_groups
     align, within = divisor_class(K * S, itemsize), divisor_class(S, itemsize)
     rows = kept_run_gradient_plan(

@@ -5,7 +5,9 @@ same bits on every run, and the generated code of every launch can be inspected 
 Here is what the plans of channel_plans.py, row_plans.py and group_plans.py share.
 """
 
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar, cast
 
 from fastnorm.kernels.devices import Device
 
@@ -33,6 +35,23 @@ PRODUCT_SIZES = ("B", "N", "K", "S", "P", "F", "tiles", "tiles_per_program")
 # Kernel arguments with flags that an earlier launch may have raised: a launch that is given one
 # returns at once where none is up, and for who proves things about launches it is none.
 ON_A_FLAG = ("read_flags_ptr", "todo_ptr")
+
+
+_Plan = TypeVar("_Plan", bound=Callable[..., Any])
+_memories: list[Callable[[], None]] = []
+
+
+def remembered(plan: _Plan) -> _Plan:
+    """Keep what `plan`, a pure function, found last: Python takes longer to plan than to launch."""
+    memory = functools.lru_cache(maxsize=1024)(plan)
+    _memories.append(memory.cache_clear)
+    return cast(_Plan, memory)
+
+
+def forget() -> None:
+    """Plan everything anew: for who has changed a constant that plans are made from."""
+    for clear in _memories:
+        clear()
 
 
 def power_of_two(n: int) -> int:

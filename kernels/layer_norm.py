@@ -1,4 +1,5 @@
-"""LayerNorm and RMSNorm of the M rows of an (M, N) tensor whose last axis is contiguous.
+"""LayerNorm and RMSNorm of M rows of N elements: of a contiguous tensor, or of an (M, N) one whose
+last axis is contiguous.
 
 Forward, per row; with a residual, x is its sum with the input, as the sum's dtype rounds it:
     mean = Σ x / N        std² = Σ (x - mean)² / N        rstd = 1 / √(std² + eps)
@@ -20,6 +21,7 @@ dx, in tiles of columns, where the sums for dw and db fit. z is recomputed, noth
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,13 +46,9 @@ from fastnorm.kernels.row_plans import (
 from fastnorm.kernels.sums import sum_partials
 
 
-def _stride(t: Tensor | None) -> int:
-    return 0 if t is None else t.stride(0)
-
-
-def _align(N: int, *tensors: Tensor | None) -> int:
-    """The vector, in elements, that divides the rows' length and every row's start."""
-    return divisor_class(math.gcd(N, *(_stride(t) for t in tensors)))
+def _strides(N: int, *tensors: Tensor | None) -> list[int]:
+    """From row to row."""
+    return [0 if t is None else N if t.is_contiguous() else t.stride(0) for t in tensors]
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -65,25 +63,26 @@ def forward(
     eps: float,
     activation: str,
     center: bool,
+    N: int,
     shape: Sequence[int],
     y_dtype: torch.dtype | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Return (y, sum, stats): stats is (3, M) with the rows rstd, mean, rest, or rstd alone.
 
-    There is a sum only with a residual; rows of x and residual may have any stride. y and the sum
-    have `shape`, of M · N elements, and are no views, which autograd would not let anybody change.
-    Both have the promoted dtype of x and residual, unless y is given another.
+    There is a sum only with a residual. y and the sum have `shape`, of M · N elements, and are no
+    views, which autograd would not let anybody change. Both have the promoted dtype of x and
+    residual, unless y is given another.
     """
-    M, N = x.shape
+    M = x.numel() // N
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     y = torch.empty(shape, dtype=y_dtype or dtype, device=x.device)
     total = None if residual is None else torch.empty_like(y, dtype=dtype)
     stats = torch.empty(3 if center else 1, M, dtype=_compute_dtype(y), device=x.device)
-    align = _align(N, x, residual)
+    strides = _strides(N, x, residual)
+    align = divisor_class(math.gcd(N, *strides))
     loaded = x.element_size() + (0 if residual is None else residual.element_size())
     plan = row_plan(M, N, dtype.itemsize, align, loaded, device_of(x.device))
     act, _ = ACTIVATIONS[activation]
-    strides = (_stride(x), _stride(residual))
     options = {
         "CENTER": center, "FULL": plan.is_full(N), "BLOCK_N": plan.block_n, "ALIGN": align,
         **plan.options,
@@ -107,10 +106,9 @@ def forward(
             x, residual, total, partial, M, N, plan.programs, *strides, *share,
             FOLD=plan.fold, RUN=plan.run, STAGES=plan.stages, **options,
         )  # fmt: skip
-        source = x if total is None else total.view(M, N)
         layer_norm_fwd_apply_kernel[grid](
-            source, weight, bias, partial, y, stats, eps,
-            M, N, plan.programs, _stride(source), *share,
+            x if total is None else total, weight, bias, partial, y, stats, eps,
+            M, N, plan.programs, strides[0] if total is None else N, *share,
             ACT=act, BLOCK_P=ROW_PARTIALS, **options,
         )  # fmt: skip
     return y, total, stats
@@ -124,25 +122,29 @@ def backward(
     stats: Tensor,
     dsum: Tensor | None,
     activation: str,
+    N: int,
+    shape: Sequence[int],
     wanted: tuple[bool, bool, torch.dtype | None],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return (dx, dweight, dbias), None where not `wanted`; dbias has the dtype `wanted`.
 
-    x is what was normalized: the sum, where there was a residual. bias is given where act′ needs z.
+    dx has `shape`. x is what was normalized: the sum, where there was a residual. bias is given
+    where act′ needs z.
     """
-    M, N = x.shape
+    M = x.numel() // N
     wants_dx, wants_dw, db_dtype = wanted
-    dx = torch.empty(M, N, dtype=x.dtype, device=x.device) if wants_dx else None
+    dx = torch.empty(shape, dtype=x.dtype, device=x.device) if wants_dx else None
     dw = torch.empty_like(weight) if weight is not None and wants_dw else None
     db = None if db_dtype is None else torch.empty(N, dtype=db_dtype, device=x.device)
     device = device_of(x.device)
     _, gate = ACTIVATIONS[activation]
-    align = _align(N, dy, x, dsum)
+    strides = _strides(N, dy, x, dsum)
+    align = divisor_class(math.gcd(N, *strides))
     loaded = sum(t.element_size() for t in (dy, x, dsum) if t is not None)
     plan = row_gradient_plan(M, N, x.element_size(), align, loaded, bias is not None, device)
     options = {"ACT_GRAD": gate, "CENTER": stats.shape[0] == 3, "ALIGN": align}
     operands = (dy, x, weight, bias, stats)
-    sums = _row_sums(*operands, device, align, options) if wants_dx else None
+    sums = _row_sums(*operands, M, N, strides, device, options) if wants_dx else None
 
     dw_partial, db_partial = (
         None if total is None
@@ -151,8 +153,7 @@ def backward(
     )  # fmt: skip
     layer_norm_bwd_kernel[(plan.programs * cdiv(N, plan.block_n),)](
         *operands, sums, dsum, dx, dw_partial, db_partial,
-        M, N, plan.programs, _stride(dy), _stride(x), _stride(dsum),
-        plan.tiles, plan.tiles_per_program,
+        M, N, plan.programs, *strides, plan.tiles, plan.tiles_per_program,
         FULL=plan.is_full(N), BLOCK_M=plan.block_m, BLOCK_N=plan.block_n, FOLD=plan.fold,
         STAGES=plan.stages, **options, **plan.options,
     )  # fmt: skip
@@ -166,20 +167,20 @@ def _row_sums(
     weight: Tensor | None,
     bias: Tensor | None,
     stats: Tensor,
+    M: int,
+    N: int,
+    strides: list[int],
     device: Device,
-    align: int,
-    options: dict[str, object],
+    options: dict[str, Any],
 ) -> Tensor | None:
     """c1 and c2 as (2, M), where rows are too wide for one tile."""
-    M, N = x.shape
-    plan = row_sums_plan(
-        M, N, x.element_size(), align, dy.element_size() + x.element_size(), device
-    )
+    loaded = dy.element_size() + x.element_size()
+    plan = row_sums_plan(M, N, x.element_size(), options["ALIGN"], loaded, device)
     if plan is None:
         return None
     partial = torch.empty(2, plan.programs, M, dtype=stats.dtype, device=x.device)
     layer_norm_bwd_reduce_kernel[(M * plan.programs,)](
-        dy, x, weight, bias, stats, partial, M, N, plan.programs, _stride(dy), _stride(x),
+        dy, x, weight, bias, stats, partial, M, N, plan.programs, *strides[:2],
         plan.tiles, plan.tiles_per_program, FULL=plan.is_full(N), BLOCK_N=plan.block_n,
         # what is loaded ahead goes past the first-level cache, where other programs leave w
         STAGES=plan.stages if weight is None else 1, **options, **plan.options,

@@ -9,6 +9,7 @@ from fastnorm.kernels.launch import (
     cdiv,
     fold_of,
     power_of_two,
+    remembered,
     resident,
 )
 
@@ -104,6 +105,7 @@ def row_tile(
     return block_m, block_n, stages, options, together
 
 
+@remembered
 def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Device) -> RowPlan:
     """Forward: whole rows in registers, or a row's tiles shared by programs.
 
@@ -133,6 +135,7 @@ def row_plan(M: int, N: int, itemsize: int, align: int, loaded: int, device: Dev
     )  # fmt: skip
 
 
+@remembered
 def row_sums_plan(
     M: int, N: int, itemsize: int, align: int, loaded: int, device: Device
 ) -> RowPlan | None:
@@ -148,6 +151,7 @@ def row_sums_plan(
     return RowPlan(False, 1, block_n, stages, options, *shares_of(cdiv(N, block_n), wanted))
 
 
+@remembered
 def row_gradient_plan(
     M: int, N: int, itemsize: int, align: int, loaded: int, gated: bool, device: Device
 ) -> RowPlan:

@@ -32,4 +32,7 @@ def taking(way: str, kernels: bool) -> Iterator[None]:
                 for name, value in constants.items():
                     stack.enter_context(mock.patch.object(owner, name, value))
             stack.enter_context(devices.assume(devices.Device(WAYS[way])))
+            forget = importlib.import_module("fastnorm.kernels.launch").forget
+            stack.callback(forget)
+            forget()
         yield

@@ -185,10 +185,10 @@ def test_rows_beyond_2_to_the_31_elements(monkeypatch, way, center):
             t[last] = draw(1, N - first, device=x.device, dtype=t.dtype, seed=seed)
         weight[first:] = draw(N - first, device=x.device, dtype=weight.dtype, seed=3)
         y, total, stats = layer_norm.forward(
-            x, residual, weight, None, 1e-5, "relu", center, (M, N)
+            x, residual, weight, None, 1e-5, "relu", center, N, (M, N)
         )
         dx, dw, _ = layer_norm.backward(
-            dy, total, weight, None, stats, None, "relu", (True, True, None)
+            dy, total, weight, None, stats, None, "relu", N, (M, N), (True, True, None)
         )
     assert committed() - before < 2**31
     leaf, gamma = (t.double().requires_grad_() for t in (total[last], weight[first:]))

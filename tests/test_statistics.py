@@ -97,7 +97,8 @@ def test_groups(view, groups, place):
 def test_rows(shape, place):
     """In registers, in a loop, and shared by programs."""
     x = sets(*shape, place)
-    _, _, stats = layer_norm.forward(x, None, None, None, EPS, "identity", True, shape)
+    N = shape[1]
+    _, _, stats = layer_norm.forward(x, None, None, None, EPS, "identity", True, N, shape)
     assert_statistics((stats[1], stats[2], stats[0]), x)
 
 

@@ -39,7 +39,7 @@ class LayerNormFunction(torch.autograd.Function):
             y, total, stats = (library if recorded(x) else kernels).forward(
                 as_rows(x, size),
                 None if residual is None else as_rows(residual, size),
-                weight, bias, eps, activation, center, x.shape, y_dtype,
+                weight, bias, eps, activation, center, size, x.shape, y_dtype,
             )  # fmt: skip
         ctx.save_for_backward(
             x if total is None else total,
@@ -74,10 +74,9 @@ class LayerNormFunction(torch.autograd.Function):
                 dx, dw, db = (library if recorded(x) else kernels).backward(
                     as_rows(dy, size), as_rows(x, size), weight, bias, stats,
                     None if dsum is None else as_rows(dsum, size),
-                    ctx.activation,
+                    ctx.activation, size, x.shape,
                     (x_wanted or residual_wanted, dw_wanted, ctx.bias_dtype if db_wanted else None),
                 )  # fmt: skip
-            dx = None if dx is None else dx.view(x.shape)
         dinput, dresidual = (
             dx.to(dtype) if wanted and dx is not None else None
             for wanted, dtype in zip((x_wanted, residual_wanted), ctx.dtypes, strict=True)

@@ -74,8 +74,11 @@ def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
 
 
 def as_rows(x: Tensor, size: int) -> Tensor:
-    """`x` as (rows, size) with a contiguous last axis: a view, or the one copy that it takes."""
-    rows = in_memory(x).reshape(-1, size)
+    """`x`, or (rows, size) with a contiguous last axis: a view, or the one copy that it takes."""
+    x = in_memory(x)
+    if x.is_contiguous():  # to make a view takes as long as to plan a launch
+        return x
+    rows = x.reshape(-1, size)
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
 
 
