@@ -380,6 +380,39 @@ def test_inference_mode(backend, name, training):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
+@each_mode
+@each_twin
+def test_without_gradients(backend, name, training):
+    """The bits of a call that autograd records, which one without it is not."""
+    twin, found = TWINS[name], []
+    for mode, frozen in [
+        (torch.enable_grad, False),
+        (torch.enable_grad, True),
+        (torch.no_grad, False),
+    ]:
+        module = twin.both(backend)[0].train(training).requires_grad_(not frozen)
+        with mode():
+            y = module(twin.batch(backend))
+        assert y.requires_grad == (mode is torch.enable_grad and not frozen)
+        found.append([y.detach(), *module.buffers()])
+    for tensors in zip(*found, strict=True):
+        for other in tensors[1:]:
+            torch.testing.assert_close(other, tensors[0], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", ["AddLayerNorm", "AddRMSNorm"])
+def test_a_sum_without_gradients(backend, name):
+    """Both results, as where autograd records them."""
+    module = getattr(fastnorm, name)(8).to(backend)
+    x, residual = (torch.randn(4, 8, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
+    recorded = module(x.to(backend), residual.to(backend))
+    with torch.no_grad():
+        alone = module(x.to(backend), residual.to(backend))
+    assert not any(t.requires_grad for t in alone)
+    for got, want in zip(alone, recorded, strict=True):
+        torch.testing.assert_close(got, want.detach(), rtol=0, atol=0)
+
+
 # ---- processes and threads -----------------------------------------------------------------------
 def _train_a_step(model: nn.Module, x: Tensor, answers: Any) -> None:
     """In another process, which has only what came through the queue."""

@@ -5,6 +5,7 @@ import json
 import pytest
 from test_codegen import run
 
+from fastnorm.kernels import launch, row_plans
 from fastnorm.kernels.channel_plans import channel_plan
 from fastnorm.kernels.devices import Device
 from fastnorm.kernels.group_norm_whole import whole_backward, whole_forward
@@ -24,6 +25,19 @@ def test_launchers_pass_what_the_kernels_take(options):
     families = ("batch_norm", "layer_norm", "group_norm", "linear_batch_norm")
     for family in families:
         assert sum(n for name, n in found.items() if name.startswith(family)) > 0, family
+
+
+def test_plans_are_remembered_until_they_are_forgotten(monkeypatch):
+    """Of another device or size they are made; of another constant, once someone says so."""
+    device = Device(132)
+    plan = row_plans.row_plan(64, 512, 2, 8, 2, device)
+    assert row_plans.row_plan(64, 512, 2, 8, 2, Device(132)) is plan  # one that is equal
+    assert row_plans.row_plan(64, 512, 2, 8, 2, Device(1)).programs < plan.programs
+    assert row_plans.row_plan(64, 256, 2, 8, 2, device).block_n == 256
+    monkeypatch.setattr(row_plans, "WIDEST_ROW", 256)
+    assert row_plans.row_plan(64, 512, 2, 8, 2, device) is plan
+    launch.forget()
+    assert not row_plans.row_plan(64, 512, 2, 8, 2, device).whole
 
 
 @pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastnorm import eager
@@ -16,11 +15,12 @@ from fastnorm.ops.channels import (
     residual_gradient,
     save,
 )
+from fastnorm.ops.function import Function
 from fastnorm.ops.layout import as_vector, channel_view, laid_out_as, on_device_of, recorded
 from fastnorm.ops.library import batch_norm as library
 
 
-class BatchNormFunction(torch.autograd.Function):
+class BatchNormFunction(Function):
     """(x, residual, weight, bias) are differentiable; the buffers change in place.
 
     x is dense, laid out as `view` says, and residual like it.
@@ -118,7 +118,7 @@ def batch_norm(
         momentum = num_batches_tracked.add_(1).double().reciprocal()
         num_batches_tracked = None
     x, view = channel_view(input)
-    y: Tensor = BatchNormFunction.apply(
+    y: Tensor = BatchNormFunction.called(
         x,
         None if residual is None else laid_out_as(residual, x),
         as_vector(weight),

@@ -17,12 +17,13 @@ from fastnorm.ops.channels import (
     residual_gradient,
     save,
 )
+from fastnorm.ops.function import Function
 from fastnorm.ops.layer_norm import layer_norm
 from fastnorm.ops.layout import as_vector, laid_out_as, on_device_of, recorded, sample_view
 from fastnorm.ops.library import group_norm as library
 
 
-class GroupNormFunction(torch.autograd.Function):
+class GroupNormFunction(Function):
     """(x, residual, weight, bias) are differentiable; the buffers change in place.
 
     x is dense, laid out as `view` says, and residual like it.
@@ -104,7 +105,7 @@ def _normalized(
     y_dtype: torch.dtype,
 ) -> Tensor:
     x, view = sample_view(input)
-    y: Tensor = GroupNormFunction.apply(
+    y: Tensor = GroupNormFunction.called(
         x,
         None if residual is None else laid_out_as(residual, x),
         as_vector(weight),

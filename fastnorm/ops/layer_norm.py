@@ -5,17 +5,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from fastnorm import eager
 from fastnorm.eager import native
 from fastnorm.kernels import layer_norm as kernels
+from fastnorm.ops.function import Function
 from fastnorm.ops.layout import as_rows, as_vector, is_in_order, on_device_of, recorded
 from fastnorm.ops.library import layer_norm as library
 
 
-class LayerNormFunction(torch.autograd.Function):
+class LayerNormFunction(Function):
     """(x, residual, weight, bias) are differentiable; weight and bias are 1-dimensional.
 
     Returns y, or (y, sum) with a residual. `center` is false for RMSNorm.
@@ -77,10 +77,9 @@ class LayerNormFunction(torch.autograd.Function):
                     ctx.activation, size, x.shape,
                     (x_wanted or residual_wanted, dw_wanted, ctx.bias_dtype if db_wanted else None),
                 )  # fmt: skip
-        dinput, dresidual = (
-            dx.to(dtype) if wanted and dx is not None else None
-            for wanted, dtype in zip((x_wanted, residual_wanted), ctx.dtypes, strict=True)
-        )
+        x_dtype, residual_dtype = ctx.dtypes
+        dinput = None if dx is None or not x_wanted else dx.to(x_dtype)
+        dresidual = None if dx is None or not residual_wanted else dx.to(residual_dtype)
         return dinput, dresidual, dw, db, None, None, None, None  # shape and options
 
 
@@ -121,7 +120,7 @@ def _normalize(
     if residual is not None and not is_in_order(input):
         input = total = input + residual
         residual = None
-    found = LayerNormFunction.apply(
+    found = LayerNormFunction.called(
         input, residual, as_vector(weight), as_vector(bias), tuple(shape), eps, activation, center
     )
     if residual is None and not center:  # torch's keeps channels_last, unlike its layer norm

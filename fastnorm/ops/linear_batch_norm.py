@@ -23,6 +23,7 @@ from fastnorm.kernels.launch import ChannelView
 from fastnorm.kernels.products import precision
 from fastnorm.ops.batch_norm import batch_norm
 from fastnorm.ops.channels import changed, left_to_eager
+from fastnorm.ops.function import Function
 from fastnorm.ops.layout import (
     as_recorded,
     as_vector,
@@ -36,7 +37,7 @@ from fastnorm.ops.library import linear_batch_norm_epilogue as epilogue_library
 from fastnorm.ops.sync_batch_norm import ProductFunction, sync_batch_norm
 
 
-class GramFunction(torch.autograd.Function):
+class GramFunction(Function):
     """(x, weight, bias, norm_weight, norm_bias) are differentiable; the buffers change in place.
 
     x (B, K, *) is dense, laid out as `view` says, and so is the output (B, N, *).
@@ -112,7 +113,7 @@ def _gram(x: Tensor, group: Any) -> Any:
     return library if group is None and recorded(x) else kernels
 
 
-class EpilogueFunction(torch.autograd.Function):
+class EpilogueFunction(Function):
     """As GramFunction, on rows x (M, K); Z is written, and saved."""
 
     @staticmethod
@@ -231,7 +232,7 @@ def linear_batch_norm(
         )  # fmt: skip
     momentum = count_batch(num_batches_tracked, training, momentum)
     function = GramFunction if algorithm == "gram" else EpilogueFunction
-    y: Tensor = function.apply(
+    y: Tensor = function.called(
         x.movedim(1, -1).flatten(0, -2) if as_rows else x,
         in_memory(weight).contiguous(),
         None if bias is None else in_memory(bias).contiguous(),
