@@ -45,6 +45,7 @@ codegen: $(VENV)/.installed  ## registers, spills and vector widths of every ker
 
 emulate: $(VENV)/.installed  ## compiled kernels held to the contract of verify, their PTX emulated
 	PYTHONPATH=bench $(BIN)/python -m emulate --out bench/results/emulated.md
+	PYTHONPATH=bench $(BIN)/python -m emulate --liger --out bench/results/emulated-liger.md
 
 flight: $(VENV)/.installed  ## how near to a copy's speed each kernel comes, by a model of its machine code
 	$(BIN)/python bench/flight.py --out bench/results/flight.md

@@ -4,8 +4,9 @@
 
 Every module against torch.nn's on a CPU; then what the host does for a launch, with kernels that
 return at once: what this library does, what Triton adds to find and start its kernels (idle.py),
-and what the operators of torch.library would add, which a graph needs and a call does without.
-Forward alone is without gradients.
+and what the operators of torch.library would add, which a graph needs and a call does without; and
+liger-kernel's layer where that is installed, with what Triton adds to it. Forward alone is without
+gradients.
 """
 
 import argparse
@@ -23,6 +24,8 @@ from triton.runtime.jit import JITFunction
 
 import fastnorm
 from fastnorm.bench.harness import GAUGE, compare, device_name, table, write_json
+from fastnorm.bench.layers import Layer
+from fastnorm.bench.libraries import PEERS
 
 
 class AddNorm(nn.Module):
@@ -86,6 +89,14 @@ def _calls(module: nn.Module, inputs: list[Tensor]) -> dict[str, Callable[[], An
     }
 
 
+def _of_liger(name: str, shape: tuple[int, ...]) -> nn.Module | None:
+    """Its layer of such an input; None where there is none."""
+    if PEERS["liger"].absence(torch.device("cuda")):
+        return None
+    arguments = (2, 8) if name == "GroupNorm" else shape[-1:]
+    return PEERS["liger"].make(Layer(name, name, arguments, shape))
+
+
 def _inputs(shape: tuple[int, ...], count: int) -> list[Tensor]:
     return [torch.randn(shape, requires_grad=True) for _ in range(count)]
 
@@ -138,6 +149,8 @@ WAYS: dict[str, Callable[[], contextlib.AbstractContextManager[None]]] = {
     "ours": launching_nothing,
     "triton": idle,
     "operators": by_operators,
+    "liger": launching_nothing,
+    "liger triton": idle,
     "torch": contextlib.nullcontext,
 }
 
@@ -152,20 +165,23 @@ def _repeated(call: Callable[[], Any], way: str) -> Callable[[], None]:
 
 
 def of_a_launch(rounds: int) -> tuple[list[list[object]], list[dict[str, Any]]]:
-    """Microseconds of ours, what Triton and what the operators add, and torch.nn's on a CPU."""
+    """Microseconds of ours and Liger's, what Triton or operators add, and torch.nn's on a CPU."""
     rows, results = [], []
     for name, (ours, theirs, shape, count) in MODULES.items():
         row: list[object] = [name]
         inputs = _inputs(shape, count)
-        reference = _calls(theirs(), inputs)
+        reference, liger = _calls(theirs(), inputs), _of_liger(name, shape)
         with launching_nothing():
             direct = _calls(ours(), inputs)
+            peer = {} if liger is None else _calls(liger, inputs)
         for stage, call in direct.items():
             inner = dict.fromkeys(WAYS, call) | {"torch": reference[stage]}
-            ways = {way: _repeated(inner[way], way) for way in WAYS}
+            inner |= dict.fromkeys(("liger", "liger triton"), peer.get(stage))
+            ways = {way: _repeated(made, way) for way, made in inner.items() if made is not None}
             found = compare(ways, "torch", rounds=rounds)
             best = {way: found[way].best * 1e6 / TIMES for way in ways}
             row += [best["ours"], *(best[w] - best["ours"] for w in ("triton", "operators"))]
+            row += [best[way] for way in ("liger", "liger triton") if way in best] or ["", ""]
             row.append(best["torch"])
             results.append({"launch": name, "pass": stage, "calls": TIMES,
                             **{way: found.extra_info(way) for way in ways}})  # fmt: skip
@@ -184,7 +200,7 @@ def main() -> None:
     header = ["CPU", "fwd us", "torch/ours", "gauge", "fwd+bwd us", "torch/ours", "gauge"]
     print(table(header, rows))
     rows, more = of_a_launch(options.rounds)
-    more_of_each = ["+ triton", "+ operators", "torch CPU"]
+    more_of_each = ["+ triton", "+ operators", "liger", "with triton", "torch CPU"]
     header = ["launch", "fwd us", *more_of_each, "fwd+bwd us", *more_of_each]
     print(table(header, rows))
     if options.out:

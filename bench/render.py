@@ -150,6 +150,19 @@ def emulated() -> list[str]:
             the worst result. By dtype:
             [bench/results/emulated.md](bench/results/emulated.md)."""),
         table(["operation", "cases", "broken", "of allowed"], rows),
+        *emulated_liger(),
+    ]
+
+
+def emulated_liger() -> list[str]:
+    """Errors of kernels on the same cases, ours and liger-kernel's."""
+    columns = ["operation", "dtype", "cases", "broken", "liger broken", "ratio", "liger ratio"]
+    found = table_rows(RESULTS / "emulated-liger.md")
+    return [
+        paragraph("""The same of liger-kernel's kernels, on the cases that it takes. Ratio: of the
+            error to that of torch.nn on a CPU, in the geometric mean. What it breaks:
+            [bench/results/emulated-liger.md](bench/results/emulated-liger.md)."""),
+        table(columns, [[row[name] for name in columns] for row in found]),
     ]
 
 

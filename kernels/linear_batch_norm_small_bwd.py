@@ -21,7 +21,7 @@ LARGEST = tl.constexpr(2.0**96)
 
 
 @triton.jit
-def reciprocal(count):
+def wide_reciprocal(count):
     """1 / count, a number of rows, in float64 by Newton's method: a division would be a call."""
     exact = count.to(tl.float64)
     found = (1.0 / count.to(tl.float32)).to(tl.float64)
@@ -88,7 +88,7 @@ def linear_batch_norm_bwd_fold_kernel(
         store_cast(own_ptr, n, dgamma, mask)
         store_cast(own_ptr + N, n, dbeta, mask)
     if sums_ptr is not None:
-        whole = reciprocal(tl.load(rows_ptr))
+        whole = wide_reciprocal(tl.load(rows_ptr))
         c2 = tl.load(sums_ptr + n, mask=mask, other=0.0).to(tl.float64) * whole
         c1 = tl.load(sums_ptr + N + n, mask=mask, other=0.0).to(tl.float64) * whole
         c1 -= rstd * c2 * centre

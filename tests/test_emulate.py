@@ -6,7 +6,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from emulate import run
+from emulate import parameters_of, run
 from emulate.memory import AccessError
 from emulate.warpgroup import addresses
 from test_codegen import python
@@ -34,7 +34,7 @@ def ran(body: str, x: torch.Tensor, threads: int = 32, shared: int = 0, **option
     """A word a thread of what `body` leaves; %rd4 points to the thread's word of x, %rd5 of y."""
     y = torch.zeros(threads, dtype=x.dtype if x.element_size() == 4 else torch.int32)
     text = HEAD + body + "\nret;\n}\n"
-    run(text, 1, threads // 32, [x.data_ptr(), y.data_ptr()], [x, y], shared, **options)
+    run(text, (1,), threads // 32, [x.data_ptr(), y.data_ptr()], [x, y], shared, **options)
     return y
 
 
@@ -48,6 +48,11 @@ def floats() -> torch.Tensor:
     x = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 10
     x[:6] = torch.tensor([0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-40])
     return x
+
+
+def flushed(x: torch.Tensor) -> torch.Tensor:
+    """Subnormal numbers as zeros of their sign."""
+    return torch.where(x.abs() < 1e-38, torch.zeros_like(x).copysign(x), x)
 
 
 def integers() -> torch.Tensor:
@@ -66,8 +71,8 @@ def integers() -> torch.Tensor:
         ("abs.ftz.f32 %r4, %r3", lambda x: torch.where(x.abs() < 1e-38, 0, x.abs())),
         ("neg.f32 %r4, %r3", torch.neg),
         ("div.full.f32 %r4, %r3, 0f40400000", lambda x: x / 3),
-        ("sqrt.approx.ftz.f32 %r4, %r3",
-         lambda x: torch.where(x.abs() < 1e-38, x.sign() * 0, x).sqrt()),
+        ("sqrt.approx.ftz.f32 %r4, %r3", lambda x: flushed(x).double().sqrt().float()),
+        ("rsqrt.approx.ftz.f32 %r4, %r3", lambda x: flushed(x).double().rsqrt().float()),
         ("cvt.rni.f32.f32 %r4, %r3", torch.round),
         ("{ .reg .b32 half; cvt.rn.bf16x2.f32 half, %r3, 0f3F800000; mov.b32 %r4, half; }",
          lambda x: x.bfloat16().view(torch.int16).to(torch.int32).bitwise_left_shift(16)
@@ -113,6 +118,29 @@ def test_instructions_on_integers(instruction, expected):
     want = np.asarray(expected(x.numpy().astype(np.int64))).astype(np.int64) % 2**32
     got = elementwise(instruction, x).numpy().astype(np.int64) % 2**32
     np.testing.assert_array_equal(got, want)
+
+
+def test_parameters_are_the_bits_that_a_kernel_reads():
+    x = torch.zeros(2)
+    signature = {"x": "*fp32", "eps": "fp32", "wide": "fp64", "N": "i32", "BLOCK": "constexpr"}
+    values = {"x": x, "eps": 1e-5, "wide": 1e-5, "N": 3, "BLOCK": 4}
+    eps, wide = np.float32(1e-5).view(np.uint32), np.float64(1e-5).view(np.uint64)
+    assert parameters_of(signature, values) == [x.data_ptr(), eps, wide, 3, 0, 0]
+
+
+def test_a_grid_of_several_axes():
+    """Each program has its place in it, the first axis running fastest."""
+    x, y = torch.zeros(32), torch.zeros(2 * 3 * 5, dtype=torch.int32)
+    body = """
+        mov.u32 %r3, %ctaid.x; mov.u32 %r4, %ctaid.y; mov.u32 %r5, %ctaid.z;
+        mad.lo.s32 %r6, %r5, 3, %r4; mad.lo.s32 %r6, %r6, 2, %r3;    // its number
+        mad.lo.s32 %r7, %r5, 100, %r3; mad.lo.s32 %r7, %r4, 10, %r7; // its place
+        mul.wide.s32 %rd9, %r6, 4; add.s64 %rd9, %rd2, %rd9; st.global.b32 [%rd9 + 0], {%r7};
+    """
+    run(HEAD + body + "\nret;\n}\n", (2, 3, 5), 1, [x.data_ptr(), y.data_ptr()], [x, y])
+    assert y.tolist() == [
+        100 * c + 10 * b + a for c in range(5) for b in range(3) for a in range(2)
+    ]
 
 
 def test_doubles_are_fused_exactly():
@@ -400,6 +428,30 @@ def verified(*options: object) -> dict:
 def test_compiled_kernels_keep_the_contract():
     """A few cases of each operation, in a process whose Triton compiles."""
     assert not verified("--first", 11, "--every", 61)["broken"]
+
+
+LIGER = """
+import torch, fastnorm.functional as FF
+from emulate import emulating, liger
+from fastnorm.verify.cases import cases
+from fastnorm.verify.run import examined
+torch.use_deterministic_algorithms(True)
+taken = [case for case in cases(quick=True) if liger.takes(case) and case.values == "normal"]
+taken = list({(case.operation, case.dtype): case for case in reversed(taken)}.values())
+ours = FF.layer_norm
+with emulating(), liger.in_our_place():
+    assert FF.layer_norm is liger.layer_norm
+    found = list(examined(taken, torch.device("cpu"), backend="triton"))
+assert FF.layer_norm is ours
+assert sum(len(one.findings) for one in found) > 2 * len(found) > 10
+print(*(f"{one.case}: {finding}" for one in found for finding in one.wrong), sep="\\n")
+"""
+
+
+def test_another_librarys_kernels_are_judged_likewise():
+    """Of usual inputs those are right, too."""
+    pytest.importorskip("liger_kernel")
+    assert python("-c", LIGER).strip() == ""
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_matches_float64(backend, shape, num_groups, dtype):
 SHORT = [((9, 12), 3), ((5, 12, 2), 6), ((3, 70, 3), 35), ((300, 24), 3), ((4, 33, 7), 3)]
 """Few groups, short ones, more than a tile has, a tile of several samples, odd, many tiles."""
 NONE_KEPT = dict.fromkeys(("KEPT_RUN", "WIDEST_ROW", "WIDEST_ROW_BACKWARD"), 0)
-IN_TILES = NONE_KEPT | {"TILE_BYTES": 256}
+IN_TILES = NONE_KEPT | {"TILE_BYTES": 256, "RUN_WARPS": 1}  # no element is two threads'
 SHARED = NONE_KEPT | dict.fromkeys(("RUN_BYTES", "RUN_BYTES_BACKWARD", "WHOLE_BYTES"), 0)
 CONTIGUOUS = [("in registers", {}, *case) for case in SHORT]
 for case in (((2, 12, 2), 6), ((3, 33, 7), 3), ((2, 6, 8, 8), 2)):  # one vector, odd, full tiles

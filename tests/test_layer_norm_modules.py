@@ -649,6 +649,18 @@ def test_a_norm_made_inside_inference_mode(backend, kind):
     assert y.shape == (6, 4)
 
 
+@pytest.mark.parametrize("size", [8, 1 << 12], ids=["small", "large"])
+def test_rms_norm_of_an_inference_tensor(size):
+    """Its weight has a gradient, as with torch; on a GPU torch refuses it, as with other norms."""
+    with torch.inference_mode():
+        x = batch(torch.device("cpu"), 64, size, dtype=torch.float32)
+    found = []
+    for norm in (fastnorm.RMSNorm(size), nn.RMSNorm(size)):
+        norm(x).square().sum().backward()
+        found.append(norm.weight.grad)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-4)
+
+
 @pytest.mark.parametrize("changed", ["input", "weight", "output", "nothing"])
 @each_class
 def test_a_change_in_place_is_noticed_where_torch_notices(backend, kind, changed):

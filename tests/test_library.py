@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastnorm
 import fastnorm.functional as FF
 from fastnorm.ops import operators
+from fastnorm.ops.layout import on_device_of
 
 HAS_GPU = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_GPU else "cpu"
@@ -352,6 +354,20 @@ def test_streams():
         for one, other, sum_of_one in zip(got, expected, total, strict=True):
             torch.testing.assert_close(one, other, rtol=0, atol=0)
             torch.testing.assert_close(sum_of_one, one.double().sum(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("own", "current", "initialized"),
+    [(1, 0, True), (1, 1, True), (0, 0, True), (0, 1, True), (1, 0, False), (None, 0, True)],
+)
+def test_the_current_device_changes_where_it_is_another(monkeypatch, own, current, initialized):
+    """A CPU's tensor, or a fake one where no GPU was started, changes none."""
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: initialized)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: device)
+    x: Any = SimpleNamespace(is_cuda=own is not None, device="own", get_device=lambda: own)
+    changes = initialized and own not in (None, current)
+    assert (on_device_of(x) == "own") == changes
 
 
 @pytest.mark.gpu

@@ -34,6 +34,10 @@ from emulate.order import ordered
 from emulate.parse import Instruction, Program, parse
 
 LANES = 4096  # of a machine: arrays that the caches hold
+REALS: dict[str, tuple[Any, type]] = {
+    "fp32": (np.float32, np.uint32),
+    "fp64": (np.float64, np.uint64),
+}
 _DECODERS = computing.DECODERS | accesses.DECODERS | warpgroup.DECODERS
 
 
@@ -62,15 +66,16 @@ def parameters_of(signature: dict[str, str], arguments: dict[str, Any]) -> list[
         value = arguments[name]
         if isinstance(value, Tensor):
             value = value.data_ptr()
-        elif kind == "fp64":
-            value = int(np.float64(value).view(np.uint64))
+        elif kind in REALS:
+            number, bits = REALS[kind]
+            value = int(number(value).view(bits))
         found.append(value)
     return [*found, 0, 0]
 
 
 def run(
     ptx: str,
-    programs: int,
+    grid: Sequence[int],
     warps: int,
     parameters: Sequence[int],
     tensors: Sequence[Tensor],
@@ -80,11 +85,11 @@ def run(
     """Run a kernel on the memory of some tensors, and on `shared` bytes a program."""
     program, steps = decoded(ptx)
     memory, threads = Global(tensors), 32 * warps
-    together = max(LANES // threads, 1)
+    together, programs = max(LANES // threads, 1), math.prod(grid)
     with np.errstate(all="ignore"):
         for first in range(0, programs, together):
             machine = Machine(
-                first, min(together, programs - first), threads, parameters, memory, shared,
+                first, min(together, programs - first), grid, threads, parameters, memory, shared,
                 Rounding(seed),
             )  # fmt: skip
             machine.run(program, steps)
@@ -95,7 +100,7 @@ def emulate(launched: Recorded, target: str, seed: int | None) -> None:
     compiled = launched.compiled(TARGETS[target])
     run(
         compiled.asm["ptx"],
-        math.prod(launched.grid),
+        launched.grid,
         compiled.metadata.num_warps,
         parameters_of(compiled.src.signature, launched.arguments),
         [value for value in launched.arguments.values() if isinstance(value, Tensor)],

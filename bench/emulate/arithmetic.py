@@ -13,7 +13,7 @@ from emulate.numbers import PLAIN, Array, bits_of_type, of_bits, to_bits
 
 TINY = np.finfo(np.float32).tiny
 # Units in the last place by which an approximate instruction may be wrong (PTX ISA 8.7, 9.7.3).
-APPROXIMATE = {"div.full": 2, "ex2.approx": 2, "sqrt.approx": 1}
+APPROXIMATE = {"div.full": 2, "ex2.approx": 2, "sqrt.approx": 1, "rsqrt.approx": 1}
 
 
 class Rounding:

@@ -269,6 +269,7 @@ DECODERS: dict[str, Decoder] = {
     "and": plain(np.bitwise_and), "or": plain(np.bitwise_or), "xor": plain(np.bitwise_xor),
     "not": plain(np.invert), "prmt": plain(arithmetic.permute),
     "div": approximate(np.divide), "sqrt": approximate(np.sqrt), "ex2": approximate(np.exp2),
+    "rsqrt": approximate(lambda x: 1.0 / np.sqrt(x)),
     "shl": by_numbers(arithmetic.shift_left), "shr": by_numbers(arithmetic.shift_right),
     "bfe": by_numbers(arithmetic.extract), "popc": _count,
     "min": extremum(arithmetic.minimum), "max": extremum(arithmetic.maximum),

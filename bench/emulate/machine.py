@@ -27,6 +27,7 @@ class Machine:
         self,
         first: int,
         programs: int,
+        grid: Sequence[int],
         threads: int,
         parameters: Sequence[int],
         memory: Global,
@@ -41,9 +42,12 @@ class Machine:
         self.all_active = True
         self.registers: dict[str, Array] = {
             "%tid.x": (lanes % threads).astype(np.uint32),
-            "%ctaid.x": (first + lanes // threads).astype(np.uint32),
             "global_smem": np.zeros(self.lanes, np.uint32),
         }
+        program = first + lanes // threads
+        for axis, size in zip("xyz", (*grid, 1, 1), strict=False):
+            self.registers[f"%ctaid.{axis}"] = (program % size).astype(np.uint32)
+            program = program // size
         self.products: dict[str, tuple[Array, Array]] = {}  # factors of what a register has
         self.copies: list[list[Copy]] = [[]]  # groups of asynchronous copies, the last one open
 

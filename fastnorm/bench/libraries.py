@@ -80,13 +80,14 @@ def _compiled(layer: Layer) -> nn.Module:
 def _liger(layer: Layer) -> nn.Module | None:
     if layer.activation != "identity":
         return None
-    liger = importlib.import_module("liger_kernel.transformers")
+    package = "liger_kernel.transformers"
     if layer.kind == "GroupNorm":  # which takes the channels first
         groups, channels = layer.arguments
-        module: nn.Module = liger.LigerGroupNorm(channels, groups, eps=EPS)
+        made = importlib.import_module(f"{package}.group_norm").LigerGroupNorm
+        module: nn.Module = made(channels, groups, eps=EPS)
         return module
     name = {"AddRMSNorm": "LigerFusedAddRMSNorm"}.get(layer.kind, f"Liger{layer.kind}")
-    made = getattr(liger, name, None)
+    made = getattr(importlib.import_module(package), name, None)
     # in place, its backward would write dx over the dy that the other candidates still need
     options = {"in_place": False} if "RMSNorm" in layer.kind else {}
     return None if made is None else made(*layer.arguments, eps=EPS, **options)

@@ -59,6 +59,8 @@ def rms_norm(
     if torch.is_grad_enabled() and (
         input.requires_grad or (weight is not None and weight.requires_grad)
     ):
+        if input.is_inference():  # which autograd does not save, and torch does not need
+            input = input.clone()
         z = RMSNormFunction.apply(input, weight, shape, eps)  # type: ignore[no-untyped-call]
     else:
         z = _normalize(input, weight, shape, eps)[0]

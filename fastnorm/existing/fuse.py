@@ -187,16 +187,9 @@ def _parent(modules: Mapping[str, nn.Module], name: str) -> nn.Module:
 
 
 def candidate(module: nn.Module) -> bool:
-    """Whether a module's own forward may hold something to fuse."""
-    if isinstance(module, FusedForward) or "forward" in module.__dict__:
-        return False
-    return has_norms(module)
-
-
-def has_norms(module: nn.Module) -> bool:
-    """Whether a forward that may be read calls norms of its own."""
+    """Whether a module's own forward, if it may be read, calls norms: something to fuse."""
     kind = classes.original_class(module)
-    if isinstance(module, layers.FUSED):
+    if isinstance(module, (FusedForward, *layers.FUSED)) or "forward" in module.__dict__:
         return False
     if kind.__module__.startswith("torch.") and kind.forward is not nn.Sequential.forward:
         return False

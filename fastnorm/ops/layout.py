@@ -111,7 +111,14 @@ def as_recorded(size: int | torch.SymInt) -> int:
     return size if isinstance(size, int) else size.node.hint or 0
 
 
+_HERE = contextlib.nullcontext()
+
+
 def on_device_of(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Launches go to the current device: make it the tensor's."""
-    on_a_gpu = x.is_cuda and torch.cuda.is_initialized()  # a fake one needs none
-    return torch.cuda.device(x.device) if on_a_gpu else contextlib.nullcontext()
+    """Launches go to the current device: make it the tensor's, where it is another."""
+    elsewhere = (
+        x.is_cuda
+        and torch.cuda.is_initialized()  # which a fake tensor does not need
+        and x.get_device() != torch.cuda.current_device()
+    )
+    return torch.cuda.device(x.device) if elsewhere else _HERE
