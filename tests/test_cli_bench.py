@@ -97,7 +97,7 @@ def test_json_has_every_case(finished):
     assert re.fullmatch(r"\d{4}-\d\d-\d\d", result["date"])
     assert result["machine"]["device"] == "cpu"
     assert result["peers"] == []
-    assert result["absent"]["liger"] == "not installed"
+    assert result["absent"]["quack"] == "not installed"
 
 
 def test_json_numbers_agree(finished):
@@ -155,7 +155,7 @@ def test_published_figures_stand_beside_a_gpus(finished, tmp_path):
 def test_what_is_printed(finished):
     folder, out, err = finished
     assert "Ceilings measured here: copies at 2 GB/s" in out
-    assert "Absent: liger (not installed)" in out
+    assert "quack (not installed)" in out
     assert out.endswith(f"results in {folder}\n")
     assert "block: GroupNorm + silu 2×4×6×6 contiguous" in out
     assert err.splitlines()[-1].startswith("bench 100%  40/40")
@@ -251,7 +251,7 @@ def test_quick_takes_one_dtype_of_the_chosen_layers(tmp_path):
     ("options", "named"),
     [
         (["--peers", "cudnn"], ["--peers", "'cudnn'", "compile", "quack"]),
-        (["--peers", "liger"], ["--peers", "liger: not installed", "none, compile"]),
+        (["--peers", "quack"], ["--peers", "quack: not installed", "none, compile"]),
         (["--only", "Dropout"], ["--only", "'Dropout'"]),
         (["--only", " "], ["--only", "' '"]),
         (["--rounds", "0"], ["--rounds", "'0'", "1 to 10000"]),
