@@ -29,6 +29,7 @@ DTYPES = {
     "*fp64": torch.float64, "*i32": torch.int32, "*i64": torch.int64,
 }  # fmt: skip
 RANGES = {"i32": 31, "i64": 63}
+REALS = ("fp32", "fp64")
 
 Launch = Callable[[str, tuple[int, ...]], None]
 
@@ -41,7 +42,7 @@ def fits(value: object, kind: str) -> bool:
         return isinstance(value, torch.Tensor) and value.dtype is DTYPES[kind]
     if kind in RANGES:
         return type(value) is int and -(2 ** RANGES[kind]) <= value < 2 ** RANGES[kind]
-    return kind == "fp64" and type(value) is float
+    return kind in REALS and type(value) is float
 
 
 def _launcher(launched: Launch) -> type:
@@ -55,7 +56,7 @@ def _launcher(launched: Launch) -> type:
             for (name, kind), value in zip(self.signature.items(), given, strict=True):
                 if not fits(value, kind):
                     raise TypeError(f"{self.name}: {name} is compiled as {kind}, got {value!r}")
-            if not (0 < x < 2**31 and (y, z) == (1, 1)):
+            if not (0 < x < 2**31 and 0 < y < 2**16 and 0 < z < 2**16):
                 raise ValueError(f"{self.name}: no device takes a grid of {(x, y, z)}")
             launched(self.name, (x, y, z))
 
