@@ -162,7 +162,7 @@ def emulated_liger() -> list[str]:
         paragraph("""The same of liger-kernel's kernels, on the cases that it takes. Ratio: of the
             error to that of torch.nn on a CPU, in the geometric mean. What it breaks:
             [bench/results/emulated-liger.md](bench/results/emulated-liger.md)."""),
-        table(columns, [[row[name] for name in columns] for row in found]),
+        table(columns, [[row[name] for name in columns] for row in found], left=2),
     ]
 
 

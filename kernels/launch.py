@@ -42,7 +42,7 @@ _memories: list[Callable[[], None]] = []
 
 
 def remembered(plan: _Plan) -> _Plan:
-    """Keep what `plan`, a pure function, found last: Python takes longer to plan than to launch."""
+    """Keep what `plan`, a pure function of a call's sizes, found for those of the last calls."""
     memory = functools.lru_cache(maxsize=1024)(plan)
     _memories.append(memory.cache_clear)
     return cast(_Plan, memory)

@@ -51,6 +51,11 @@ def _strides(N: int, *tensors: Tensor | None) -> list[int]:
     return [0 if t is None else N if t.is_contiguous() else t.stride(0) for t in tensors]
 
 
+def _align(N: int, strides: list[int]) -> int:
+    """The vector, in elements, that divides the rows' length and every row's start."""
+    return divisor_class(math.gcd(N, *strides))
+
+
 def _compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype is torch.float64 else torch.float32
 
@@ -79,7 +84,7 @@ def forward(
     total = None if residual is None else torch.empty_like(y, dtype=dtype)
     stats = torch.empty(3 if center else 1, M, dtype=_compute_dtype(y), device=x.device)
     strides = _strides(N, x, residual)
-    align = divisor_class(math.gcd(N, *strides))
+    align = _align(N, strides)
     loaded = x.element_size() + (0 if residual is None else residual.element_size())
     plan = row_plan(M, N, dtype.itemsize, align, loaded, device_of(x.device))
     act, _ = ACTIVATIONS[activation]
@@ -139,7 +144,7 @@ def backward(
     device = device_of(x.device)
     _, gate = ACTIVATIONS[activation]
     strides = _strides(N, dy, x, dsum)
-    align = divisor_class(math.gcd(N, *strides))
+    align = _align(N, strides)
     loaded = sum(t.element_size() for t in (dy, x, dsum) if t is not None)
     plan = row_gradient_plan(M, N, x.element_size(), align, loaded, bias is not None, device)
     options = {"ACT_GRAD": gate, "CENTER": stats.shape[0] == 3, "ALIGN": align}

@@ -1,4 +1,4 @@
-"""What the operations of this package are to autograd, and to who asks for no gradient."""
+"""How a differentiable operation is called: by autograd, or by itself where that has no part."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class _Unrecorded:
-    """A context that keeps nothing."""
+    """In the place of autograd's context: it keeps nothing."""
 
     needs_input_grad = ()
 
@@ -19,11 +19,11 @@ class _Unrecorded:
 
 
 class Function(torch.autograd.Function):
-    """A differentiable operation, which is `called`."""
+    """An autograd function, which is `called` instead of applied."""
 
     @classmethod
     def called(cls, *arguments: Any) -> Any:
-        """`apply`; or `forward`, which a node of autograd's takes longer to record than to run."""
+        """`apply`; or `forward` alone, which takes less time, where none can ask for a gradient."""
         if torch.is_grad_enabled():
             for argument in arguments:
                 if isinstance(argument, Tensor) and argument.requires_grad:

@@ -76,7 +76,7 @@ def laid_out_as(t: Tensor, x: Tensor) -> Tensor:
 def as_rows(x: Tensor, size: int) -> Tensor:
     """`x`, or (rows, size) with a contiguous last axis: a view, or the one copy that it takes."""
     x = in_memory(x)
-    if x.is_contiguous():  # to make a view takes as long as to plan a launch
+    if x.is_contiguous():  # launchers need no view, which would cost the host as much as a plan
         return x
     rows = x.reshape(-1, size)
     return rows if rows.stride(1) == 1 or size == 1 else rows.contiguous()
