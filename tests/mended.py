@@ -39,6 +39,7 @@ import numpy as np
 import triton.language as tl
 from accesses import watched
 from number_formats import Handle, bf16_bits, numpy_type, poison, tf32, values_of
+from steps_once import replayed
 from triton.runtime import interpreter as upstream
 
 
@@ -66,7 +67,7 @@ class _Builder(upstream.InterpreterBuilder):
         output = op(values_of(lhs), values_of(rhs))
         if output.dtype == bool:  # upstream keeps the operands' type, and a later cast believes it
             return Handle(output, tl.int1)
-        if lhs.dtype.scalar == tl.bfloat16 and output.dtype == np.float32:
+        if output.dtype == np.float32 and lhs.dtype.scalar == tl.bfloat16:
             return Handle(bf16_bits(output), tl.bfloat16)
         if not upstream._validate_np_data_size(output, lhs.dtype.scalar):
             output = output.astype(numpy_type(lhs.dtype.scalar))
@@ -86,6 +87,15 @@ class _Builder(upstream.InterpreterBuilder):
     def create_fma(self, x: Handle, y: Handle, z: Handle) -> Handle:
         a, b, c = (values_of(h).astype(np.float64) for h in (x, y, z))
         return self.cast_impl(Handle(a * b + c, tl.float64), z.dtype.scalar)
+
+    def create_expand_dims(self, arg: Handle, axis: int) -> Handle:
+        return Handle(arg.data[(slice(None),) * axis + (None,)], arg.dtype.scalar)
+
+    def create_broadcast(self, arg: Handle, shape: Any) -> Handle:
+        return Handle(_filled(shape, arg.data), arg.dtype.scalar)
+
+    def create_splat(self, ret_ty: tl.dtype, arg: Handle) -> Handle:
+        return Handle(_filled(ret_ty.shape, arg.data), arg.dtype.scalar)
 
     def create_dot(
         self, a: Handle, b: Handle, d: Handle, input_precision: Any, max_num_imprecise_acc: int
@@ -146,6 +156,12 @@ class _Builder(upstream.InterpreterBuilder):
     ) -> Handle:
         everywhere = np.ones(ptr.data.shape, bool)
         return super().create_atomic_cas(_atomic(ptr, everywhere), cmp, val, sem, scope)
+
+
+def _filled(shape: Any, data: np.ndarray) -> np.ndarray:
+    whole = np.empty(tuple(shape), data.dtype)
+    whole[...] = data
+    return whole
 
 
 def _atomic(ptr: Handle, mask: np.ndarray) -> Handle:
@@ -264,6 +280,9 @@ def _find_patches() -> None:
             new = ours.get(name, new)
         if name == "range":
             new = _typed_range
+        builtin = (getattr(new, "__kwdefaults__", None) or {}).get("member")
+        if builtin is not None:
+            new = replayed(builtin)
         _language_patches.append((owner, name, original, new))
     scope.restore()
 

@@ -22,9 +22,10 @@ def numpy_type(dtype: tl.dtype) -> np.dtype[Any]:
 
 def values_of(handle: Handle) -> np.ndarray:
     """The numbers in a handle: bf16, which NumPy lacks, is held as bit patterns."""
-    if handle.dtype.scalar == tl.bfloat16 and handle.data.dtype == np.uint16:
-        return (handle.data.astype(np.uint32) << 16).view(np.float32)
-    return handle.data
+    data = handle.data
+    if data.dtype.char == "H" and handle.dtype.scalar == tl.bfloat16:
+        return (data.astype(np.uint32) << 16).view(np.float32)
+    return data
 
 
 def bf16_bits(values: np.ndarray) -> np.ndarray:

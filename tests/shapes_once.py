@@ -20,13 +20,14 @@ class _Shape(NamedTuple):
     numel: int
     constants: tl.tuple  # of a tensor: constants
     constant: tl.constexpr
+    text: str
 
 
 @functools.lru_cache(maxsize=None, typed=True)
 def _shape(*sizes: int) -> _Shape:
     numel = validate_block_shape(sizes) if sizes else 1
     constants = core.tuple([tl.constexpr(n) for n in sizes])
-    return _Shape(core.tuple(sizes), numel, constants, tl.constexpr(numel))
+    return _Shape(core.tuple(sizes), numel, constants, tl.constexpr(numel), str(sizes))
 
 
 def _init_block_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
@@ -35,6 +36,7 @@ def _init_block_type(self: Any, element_ty: tl.dtype, shape: Any) -> None:
     self.element_ty = element_ty
     self.known = _shape(*(core._unwrap_if_constexpr(n) for n in shape))
     self.shape, self.numel, *_ = self.known
+    self.name = f"<{self.known.text}, {element_ty}>"
 
 
 def _same_block_type(self: Any, other: Any) -> bool:
@@ -47,7 +49,8 @@ def _init_tensor(self: Any, handle: Any, type: tl.dtype) -> None:
     self.handle = handle
     self.type = type
     self.dtype = type.scalar
-    *_, self.shape, self.numel = type.known if type.is_block() else _shape()
+    known = type.known if type.is_block() else _shape()
+    self.shape, self.numel = known.constants, known.constant
 
 
 def _init_tuple(self: Any, args: Any, type: Any = None) -> None:
@@ -82,7 +85,6 @@ def mend() -> None:
     tl.tensor.__init__ = _init_tensor
     core.block_type.__init__ = _init_block_type
     core.block_type.__eq__ = _same_block_type
-    core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
     core.tuple.__init__ = _init_tuple
     kind = functools.cached_property(lambda self: core._type_for_tuple_values(self.values))
     kind.__set_name__(core.tuple, "type")
