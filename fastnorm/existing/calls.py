@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastnorm import functional
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.existing.foreign import ForeignRMSNorm
-from fastnorm.modules.attributes import parameter
+from fastnorm.modules.attributes import convolves_as, parameter
 from fastnorm.modules.batch_norm import _BatchNorm
 from fastnorm.modules.group_norm import GroupNorm
 from fastnorm.modules.layer_norm import LayerNorm, RMSNorm
@@ -36,7 +36,8 @@ def layer_norm_activation(
             parameter(norm, "bias"), training, momentum, norm.eps,
             activation=activation, num_batches_tracked=count,
         )  # fmt: skip
-    if isinstance(layer, CONVOLUTIONS) and input.ndim == layer.weight.ndim:
+    convolves = isinstance(layer, CONVOLUTIONS) and input.ndim == layer.weight.ndim
+    if convolves and convolves_as(layer, type(layer)):
         mean, var, training, momentum, count = _BatchNorm.statistics(norm)  # type: ignore[arg-type]
         norm._check_input_dim(input)  # type: ignore[no-untyped-call]
         return functional.conv_batch_norm(
@@ -60,9 +61,14 @@ def norm_activation(
 
     `in_place`: the sum was written so, and has the dtype and shape of the norm's output.
     """
-    weight, bias = parameter(norm, "weight"), norm._parameters.get("bias")
     if residual is not None and not _alike(input, residual):
         return ACTIVATIONS[activation](_sum(norm(input), residual, in_place))
+    weight = parameter(norm, "weight")
+    if isinstance(norm, nn.RMSNorm):
+        return functional.rms_norm(
+            input, norm.normalized_shape, weight, norm.eps, activation=activation
+        )
+    bias = parameter(norm, "bias")
     if isinstance(norm, nn.modules.batchnorm._BatchNorm):
         norm._check_input_dim(input)  # type: ignore[no-untyped-call]
         mean, var, training, momentum, count = _BatchNorm.statistics(norm)  # type: ignore[arg-type]
@@ -74,13 +80,9 @@ def norm_activation(
         return functional.group_norm(
             input, norm.num_groups, weight, bias, norm.eps, residual=residual, activation=activation
         )
-    if isinstance(norm, nn.LayerNorm):
-        return functional.layer_norm(
-            input, norm.normalized_shape, weight, bias, norm.eps, activation=activation
-        )
-    assert isinstance(norm, nn.RMSNorm)
-    return functional.rms_norm(
-        input, norm.normalized_shape, weight, norm.eps, activation=activation
+    assert isinstance(norm, nn.LayerNorm)
+    return functional.layer_norm(
+        input, norm.normalized_shape, weight, bias, norm.eps, activation=activation
     )
 
 

@@ -111,8 +111,10 @@ def _run(module: nn.Module, written: Callable[..., Any], args: Any, kwargs: Any)
         plans = module.__dict__[PLANS] = {}
     key, inputs = _way(module, args, kwargs)
     plan = plans.get(key, "")
-    if plan == "" and not compiling and key is not None and len(plans) < MOST_PLANS:
-        plan = plans[key] = plan_for(module, written, args, kwargs)
+    is_replica = getattr(module, "_is_replica", False)  # of nn.DataParallel: the plans are another's
+    if plan == "" and not compiling and not is_replica and key is not None:
+        if len(plans) < MOST_PLANS:
+            plan = plans[key] = plan_for(module, written, args, kwargs)
     if isinstance(plan, Plan) and (compiling or plan.holds()):
         return plan.run(module, *inputs)
     return written(module, *args, **kwargs)

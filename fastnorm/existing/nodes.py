@@ -2,7 +2,6 @@
 
 from torch import fx, nn
 
-from fastnorm.structure import layers
 from fastnorm.structure.forward import IN_PLACE
 
 SUMS = {"add": False, "iadd": True, "add_": True}
@@ -14,6 +13,12 @@ ACTIVATION_FUNCTIONS = {
     "tanh": "tanh", "tanh_": "tanh", "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
     "hardswish": "hardswish",
 }  # fmt: skip
+FRESH = frozenset((
+    "add", "sub", "rsub", "mul", "truediv", "div", "neg", "pow", "matmul", "bmm", "cat", "stack",
+    "clone", "empty_like", "zeros_like", "ones_like", "mean", "sum", "relu", "silu", "gelu", "tanh",
+    "sigmoid", "softmax", "exp", "sqrt",
+))  # fmt: skip
+"""Functions and methods that return memory of their own; others may return a view."""
 # every argument that changes what they compute, with the value that ours has
 ARGUMENTS = {"leaky_relu": ("negative_slope", 0.01), "elu": ("alpha", 1.0)}
 
@@ -38,7 +43,7 @@ def module_activation(module: nn.Module) -> str | None:
 def function_activation(node: fx.Node) -> str | None:
     """The activation that a function or method call is, with arguments that ours has too."""
     name = ACTIVATION_FUNCTIONS.get(function(node))
-    if name is None or not node.args:
+    if name is None or not node.args or is_foreign(node):
         return None
     options = {key: value for key, value in node.kwargs.items() if key != "inplace"}
     options |= {str(index): value for index, value in enumerate(node.args[1:])}
@@ -59,11 +64,21 @@ def function(node: fx.Node) -> str:
     return ""
 
 
+def is_foreign(node: fx.Node) -> bool:
+    """Whether a node calls a function that is neither torch's nor Python's: its name says nothing."""
+    if node.op != "call_function":
+        return False
+    module = str(getattr(node.target, "__module__", None))
+    custom = module.startswith("torch._ops.") and module != "torch._ops.aten"
+    return custom or module.split(".")[0] not in ("torch", "_operator", "builtins", "math")
+
+
 def changes(node: fx.Node) -> bool:
-    """Whether a function or method changes an argument."""
+    """Whether a function or method changes an argument, or may."""
     name = function(node)
     return (
-        name in (*IN_PLACE, "setitem")
+        is_foreign(node)
+        or name in (*IN_PLACE, "setitem")
         or (name.endswith("_") and not name.startswith("__"))
         or bool(node.kwargs.get("inplace"))
         or "out" in node.kwargs
@@ -74,10 +89,13 @@ def takes_one(node: fx.Node) -> bool:
     return len(node.args) == 1 and isinstance(node.args[0], fx.Node) and not node.kwargs
 
 
-def root(node: fx.Node) -> fx.Node:
-    """The node whose memory `node` may be."""
-    while function(node) in layers.VIEW_FUNCTIONS | {"getitem", "chunk", "split", "unbind"}:
-        if not node.all_input_nodes:
-            break
-        node = node.all_input_nodes[0]
-    return node
+def roots(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose memory `node` may be: what functions were given that may return a view."""
+    found, todo = {node}, [node]
+    while todo:
+        one = todo.pop()
+        name = function(one)
+        if name and (name not in FRESH or changes(one)):
+            todo += set(one.all_input_nodes) - found
+            found.update(one.all_input_nodes)
+    return found

@@ -178,7 +178,7 @@ class Graph:
         return any(
             other is not node
             and self._changes(other)
-            and node in {nodes.root(one) for one in other.all_input_nodes}
+            and any(node in nodes.roots(one) for one in other.all_input_nodes)
             for other in self.order
         )
 
@@ -219,7 +219,9 @@ class Graph:
         """Whether anything between a run's nodes could tell that they moved together."""
         first, last = self.order[run[0]], self.order[run[-1]]
         moved = {self.module(node) for node in run} - {None}
-        watched = {nodes.root(one) for node in run for one in [node, *node.all_input_nodes]}
+        watched = set().union(
+            *(nodes.roots(one) for node in run for one in [node, *node.all_input_nodes])
+        )
         for node, index in self.order.items():
             if not first < index < last or node in run:
                 continue
@@ -227,7 +229,8 @@ class Graph:
             inside = set(module.modules()) if module is not None else set()
             if moved & inside:
                 return self._refuse_run(run, "it is called again in between")
-            if self._changes(node) and watched & {nodes.root(one) for one in node.all_input_nodes}:
+            touched = (nodes.roots(one) for one in node.all_input_nodes)
+            if self._changes(node) and not watched.isdisjoint(set().union(*touched)):
                 return self._refuse_run(run, "a tensor is changed in place in between")
         return False
 

@@ -90,7 +90,9 @@ def verdict(module: nn.Module, verify: bool, proofs: proof.Proofs) -> Verdict:
     if base is not None:
         changed = classes.overridden(module, base, "forward", "__call__", *_inside(base))
         if not changed:
-            return Verdict(Swap(TORCH[base], {"activation": "identity"}))
+            swap = Swap(TORCH[base], {"activation": "identity"})
+            conflict = _conflict(module, swap)
+            return Verdict(None, conflict) if conflict else Verdict(swap)
         if issubclass(base, STATEFUL) or changed != "forward":
             return Verdict(None, f"{type(module).__name__} overrides {changed}")
     elif type(module).__module__.startswith("torch.nn."):
@@ -184,9 +186,11 @@ def _by_behaviour(module: nn.Module, proofs: proof.Proofs) -> Verdict:
 
 
 def _conflict(module: nn.Module, swap: Swap) -> str:
+    """Why the attributes of ours would take the place of others; a child is an attribute too."""
     for name, value in swap.attributes.items():
-        if name in module.__dict__ and module.__dict__[name] != value:
-            return f"its attribute {name} is {module.__dict__[name]!r}, and ours would be {value!r}"
+        now = getattr(module, name, value)
+        if type(now) is not type(value) or now != value:
+            return f"its attribute {name} is {now!r}, and ours would be {value!r}"
     return ""
 
 

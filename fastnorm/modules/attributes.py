@@ -49,6 +49,13 @@ def is_hooked(module: Module) -> bool:
     )
 
 
+def convolves_as(layer: Module, kind: type[Module]) -> bool:
+    """Whether a convolution is `kind`'s: padded with zeros, and by no method of its own."""
+    own, method = layer.__dict__, "_conv_forward"
+    is_own = method in own or getattr(type(layer), method, None) is not getattr(kind, method, None)
+    return not is_own and own.get("padding_mode", "zeros") == "zeros"
+
+
 def with_activation(shown: str, activation: str) -> str:
     """An `extra_repr` that names an activation other than the identity."""
     return shown if activation == "identity" else f"{shown}, activation={activation!r}"

@@ -9,6 +9,7 @@ from fastnorm import functional
 from fastnorm.modules.attributes import (
     as_node,
     child,
+    convolves_as,
     is_hooked,
     is_symbolic,
     operands,
@@ -148,6 +149,8 @@ class _ConvBatchNorm(torch.nn.Module):
         elif is_symbolic(self, input):
             y = as_node(self, input)
         elif are_apart(child(self, "conv"), child(self, "norm"), self._conv, input):
+            y = self.as_written(input)
+        elif not convolves_as(child(self, "conv"), self._conv):
             y = self.as_written(input)
         elif isinstance(input, Tensor) and input.ndim != self._axes:
             y = self.as_written(input)  # it is for torch's layers to say what is wrong

@@ -162,6 +162,14 @@ class _Tracer(fx.Tracer):
         self.forward, self.args, self.kwargs = forward, args, kwargs
         self.thread = threading.get_ident()
 
+    def create_arg(self, a: Any) -> Any:
+        kind = type(a)  # isinstance() would ask a placeholder
+        if issubclass(kind, SIMPLE) and kind not in SIMPLE:  # its repr would become code
+            if kind.__module__ != "numpy" or not issubclass(kind, float):
+                raise UntraceableError(f"it computes with a {kind.__name__}")
+            return float(a)
+        return super().create_arg(a)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
