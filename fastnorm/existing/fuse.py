@@ -111,7 +111,9 @@ def _run(module: nn.Module, written: Callable[..., Any], args: Any, kwargs: Any)
         plans = module.__dict__[PLANS] = {}
     key, inputs = _way(module, args, kwargs)
     plan = plans.get(key, "")
-    is_replica = getattr(module, "_is_replica", False)  # of nn.DataParallel: the plans are another's
+    is_replica = getattr(
+        module, "_is_replica", False
+    )  # of nn.DataParallel: the plans are another's
     if plan == "" and not compiling and not is_replica and key is not None:
         if len(plans) < MOST_PLANS:
             plan = plans[key] = plan_for(module, written, args, kwargs)

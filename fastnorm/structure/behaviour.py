@@ -6,7 +6,6 @@ nothing was. A module with other state than plain values and functions is not as
 """
 
 import inspect
-import random
 import types
 from functools import partial
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from fastnorm.structure import activations
 from fastnorm.structure.activations import Activation
+from fastnorm.structure.watch import undrawn
 
 NEAR = 0.03
 """x·σ(1.702x) is within 0.02 of GELU; no other two of those below are so close, but its own two."""
@@ -85,12 +85,11 @@ def _of_values(module: nn.Module) -> Activation | None:
 
 @torch.no_grad()
 def _values(module: nn.Module, x: Tensor) -> Tensor | None:
-    state = random.getstate()
     try:
         copy: nn.Module = module.__new__(type(module))
         nn.Module.__init__(copy)
         copy.__dict__.update(_attributes(module), training=False)
-        with torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
+        with undrawn(), torch.random.fork_rng(devices=[]), torch.autocast("cpu", enabled=False):
             y = copy.forward(x.clone())
             like = isinstance(y, Tensor) and (y.shape, y.dtype, y.device) == (
                 x.shape, x.dtype, x.device
@@ -98,5 +97,3 @@ def _values(module: nn.Module, x: Tensor) -> Tensor | None:
             return y if like and bool(y.isfinite().all()) else None
     except Exception:  # a forward may raise anything for an input that it was not made for
         return None
-    finally:
-        random.setstate(state)

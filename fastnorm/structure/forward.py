@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fastnorm.structure.hazards import entry_codes, hazard
-from fastnorm.structure.watch import SIMPLE, Guard, UntraceableError, Watch
+from fastnorm.structure.watch import SIMPLE, Guard, UntraceableError, Watch, undrawn
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 IN_PLACE = (
@@ -106,8 +106,12 @@ def _traced(
     watch: Watch,
 ) -> fx.Graph:
     try:
-        with watch.on():
-            return _Tracer(forward, args, kwargs).trace(module)
+        with undrawn() as drawn:
+            with watch.on():
+                graph = _Tracer(forward, args, kwargs).trace(module)
+            if drawn():  # NumPy's functions are not heard when they are called
+                watch.fickle = watch.fickle or "it draws random numbers"
+        return graph
     except UntraceableError:
         raise
     except Exception as error:  # a forward may raise anything when its tensors have no values

@@ -32,6 +32,9 @@ def hazard(code: CodeType, is_entry: bool) -> str:
     for node in nodes:
         if isinstance(node, ast.With | ast.Try | ast.Global | ast.Nonlocal | ast.Yield | ast.Await):
             return f"{code.co_name} has a {type(node).__name__.lower()} statement"
+        outside = _changed_outside(node, code)
+        if outside:
+            return f"{code.co_name} changes {outside}"
         if isinstance(node, ast.Compare) and any(
             isinstance(one, ast.Is | ast.IsNot) for one in node.ops
         ):
@@ -44,6 +47,23 @@ def hazard(code: CodeType, is_entry: bool) -> str:
             if not (isinstance(one, ast.Name) and one.id == "type")
         ):
             return f"{code.co_name} asks for a type"
+    return ""
+
+
+def _changed_outside(node: ast.AST, code: CodeType) -> str:
+    """The name of what a statement sets an item or attribute of, if that is no local."""
+    targets: list[ast.expr] = []
+    if isinstance(node, ast.Assign | ast.Delete):
+        targets = node.targets
+    elif isinstance(node, ast.AugAssign | ast.AnnAssign):
+        targets = [node.target]
+    for target in targets:
+        owner = target
+        while isinstance(owner, ast.Attribute | ast.Subscript):
+            owner = owner.value
+        own = (*code.co_varnames, *code.co_cellvars)
+        if owner is not target and isinstance(owner, ast.Name) and owner.id not in own:
+            return owner.id
     return ""
 
 

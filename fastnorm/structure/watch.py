@@ -1,13 +1,14 @@
 """What a forward reads, sets and calls while it is traced: noted, or a reason to give up."""
 
 import gc
+import random
 import sys
 import sysconfig
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -20,9 +21,14 @@ ABSENT = object()
 """The value of an attribute that is not there."""
 FICKLE = frozenset((
     "is_grad_enabled", "is_autocast_enabled", "is_inference_mode_enabled", "random", "getrandbits",
-    "time", "perf_counter", "print", "hasattr", "is_tensor",
+    "time", "perf_counter", "print", "hasattr", "is_tensor", "get_default_dtype", "warn",
 ))  # fmt: skip
-"""Functions whose answer may differ at the next call."""
+"""Functions whose answer may differ at the next call, or that are called for what they do."""
+MUTATORS = frozenset((
+    "append", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "remove",
+    "discard", "clear", "appendleft", "sort", "reverse",
+))  # fmt: skip
+"""Methods that change a list, dict or set."""
 STANDARD = sysconfig.get_path("stdlib")
 CONTEXT_FILES = ("_contextlib.py", "autocast_mode.py", "grad_mode.py", "checkpoint.py")
 
@@ -104,14 +110,30 @@ class Watch:
             return
         own = object.__getattribute__(module, "__dict__")
         if name not in own:
-            if isinstance(value, SIMPLE):  # of the class: an instance may get its own
-                self.guards.append(Guard(own, name, ABSENT))
+            self._of_class(type(module), name, own)
             return
         if name in ("_modules", "_parameters", "_buffers"):
             return
         if self.strict and not _is_comparable(value) and not callable(value):
             raise UntraceableError(f"it reads {name}, a {type(value).__name__}")
         self.guards.append(Guard(own, name, value))
+
+    def _of_class(self, kind: type, name: str, own: Mapping[str, Any]) -> None:
+        """An attribute of the class: an instance may get its own, and the class another."""
+        for owner in kind.__mro__:
+            if name in vars(owner):
+                self.guards.append(Guard(own, name, ABSENT))
+                self.guards.append(Guard(vars(owner), name, vars(owner)[name]))
+                return
+
+    def _of_globals(self, code: CodeType, names: Mapping[str, Any]) -> None:
+        """Values and functions that `code` finds among its globals."""
+        for name in code.co_names:
+            value = names.get(name, ABSENT)
+            if type(value).__module__.startswith("numpy.random"):
+                self.fickle = self.fickle or f"it may ask {name} for random numbers"
+            if isinstance(value, (*SIMPLE, FunctionType)):
+                self.guards.append(Guard(names, name, value))
 
     def absent(self, module: nn.Module, name: str, frame: FrameType) -> None:
         """Not an attribute of the instance: perhaps a module, parameter or buffer that is None."""
@@ -129,13 +151,39 @@ class Watch:
             if code.co_filename.endswith(CONTEXT_FILES):
                 if code.co_name in ("__enter__", "decorate_context", "checkpoint", "wrapper_fwd"):
                     self.fickle = self.fickle or "it runs in a context, or checkpointed"
-            elif not _is_trusted(frame) and not _is_aside(frame):
+            elif not _is_trusted(frame) and not _is_aside(frame) and code not in self.codes:
                 self.codes[code] = None
+                self._of_globals(code, frame.f_globals)
+            elif frame.f_globals.get("__name__") == "logging" and not _is_trusted(frame.f_back):
+                self.fickle = self.fickle or f"it calls {code.co_name}()"
         elif event == "c_call":
             name = getattr(argument, "__name__", "")
-            random = frame.f_globals.get("__name__") == "random"
-            if name in FICKLE and (random or not _is_trusted(frame)):
+            drawn = frame.f_globals.get("__name__") == "random"
+            if name in FICKLE and (drawn or not _is_trusted(frame)):
                 self.fickle = self.fickle or f"it calls {name}()"
+            if name in MUTATORS and not _is_trusted(frame):
+                for of, value in frame.f_globals.items():
+                    if value is argument.__self__:
+                        self.fickle = self.fickle or f"it changes {of}"
+
+
+@contextmanager
+def undrawn() -> Iterator[Callable[[], bool]]:
+    """Python's and NumPy's random numbers go on as if none had been drawn; asks whether one was."""
+    numpy = getattr(sys.modules.get("numpy"), "random", None)
+
+    def numpys() -> Any:
+        name, key, *place = numpy.get_state() if numpy is not None else ("", b"")
+        return name, bytes(key), *place
+
+    then, numpys_then = random.getstate(), numpys()
+    state = None if numpy is None else numpy.get_state()
+    try:
+        yield lambda: (then, numpys_then) != (random.getstate(), numpys())
+    finally:
+        random.setstate(then)
+        if numpy is not None:
+            numpy.set_state(state)
 
 
 def _is_comparable(value: object) -> bool:
