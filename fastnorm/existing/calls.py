@@ -36,8 +36,11 @@ def layer_norm_activation(
             parameter(norm, "bias"), training, momentum, norm.eps,
             activation=activation, num_batches_tracked=count,
         )  # fmt: skip
-    convolves = isinstance(layer, CONVOLUTIONS) and input.ndim == layer.weight.ndim
-    if convolves and convolves_as(layer, type(layer)):
+    if (
+        isinstance(layer, CONVOLUTIONS)
+        and input.ndim == layer.weight.ndim
+        and convolves_as(layer, type(layer))
+    ):
         mean, var, training, momentum, count = _BatchNorm.statistics(norm)  # type: ignore[arg-type]
         norm._check_input_dim(input)  # type: ignore[no-untyped-call]
         return functional.conv_batch_norm(

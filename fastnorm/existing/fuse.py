@@ -111,13 +111,11 @@ def _run(module: nn.Module, written: Callable[..., Any], args: Any, kwargs: Any)
         plans = module.__dict__[PLANS] = {}
     key, inputs = _way(module, args, kwargs)
     plan = plans.get(key, "")
-    is_replica = getattr(
-        module, "_is_replica", False
-    )  # of nn.DataParallel: the plans are another's
-    if plan == "" and not compiling and not is_replica and key is not None:
-        if len(plans) < MOST_PLANS:
-            plan = plans[key] = plan_for(module, written, args, kwargs)
-    if isinstance(plan, Plan) and (compiling or plan.holds()):
+    new = plan == "" and key is not None and len(plans) < MOST_PLANS
+    if new and not compiling and not getattr(module, "_is_replica", False):
+        # a replica of nn.DataParallel has the plans of another module
+        plan = plans[key] = plan_for(module, written, args, kwargs)
+    if isinstance(plan, Plan) and plan.holds():
         return plan.run(module, *inputs)
     return written(module, *args, **kwargs)
 

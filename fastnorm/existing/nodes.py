@@ -65,7 +65,7 @@ def function(node: fx.Node) -> str:
 
 
 def is_foreign(node: fx.Node) -> bool:
-    """Whether a node calls a function that is neither torch's nor Python's: its name says nothing."""
+    """Whether a node calls a function that is not torch's nor Python's: its name says nothing."""
     if node.op != "call_function":
         return False
     module = str(getattr(node.target, "__module__", None))

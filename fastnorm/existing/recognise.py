@@ -90,9 +90,9 @@ def verdict(module: nn.Module, verify: bool, proofs: proof.Proofs) -> Verdict:
     if base is not None:
         changed = classes.overridden(module, base, "forward", "__call__", *_inside(base))
         if not changed:
-            swap = Swap(TORCH[base], {"activation": "identity"})
-            conflict = _conflict(module, swap)
-            return Verdict(None, conflict) if conflict else Verdict(swap)
+            ours = Swap(TORCH[base], {"activation": "identity"})
+            conflict = _conflict(module, ours)
+            return Verdict(None if conflict else ours, conflict)
         if issubclass(base, STATEFUL) or changed != "forward":
             return Verdict(None, f"{type(module).__name__} overrides {changed}")
     elif type(module).__module__.startswith("torch.nn."):

@@ -150,9 +150,9 @@ class _ConvBatchNorm(torch.nn.Module):
             y = as_node(self, input)
         elif are_apart(child(self, "conv"), child(self, "norm"), self._conv, input):
             y = self.as_written(input)
-        elif not convolves_as(child(self, "conv"), self._conv):
-            y = self.as_written(input)
-        elif isinstance(input, Tensor) and input.ndim != self._axes:
+        elif not convolves_as(child(self, "conv"), self._conv) or (
+            isinstance(input, Tensor) and input.ndim != self._axes
+        ):
             y = self.as_written(input)  # it is for torch's layers to say what is wrong
         else:
             conv, norm = child(self, "conv"), child(self, "norm")

@@ -147,14 +147,15 @@ class Watch:
 
     def called(self, frame: FrameType, event: str, argument: Any) -> None:
         if event == "call":
-            code = frame.f_code
+            code, caller = frame.f_code, frame.f_back
+            logs = frame.f_globals.get("__name__") == "logging" and caller is not None
             if code.co_filename.endswith(CONTEXT_FILES):
                 if code.co_name in ("__enter__", "decorate_context", "checkpoint", "wrapper_fwd"):
                     self.fickle = self.fickle or "it runs in a context, or checkpointed"
             elif not _is_trusted(frame) and not _is_aside(frame) and code not in self.codes:
                 self.codes[code] = None
                 self._of_globals(code, frame.f_globals)
-            elif frame.f_globals.get("__name__") == "logging" and not _is_trusted(frame.f_back):
+            elif logs and not _is_trusted(caller):  # type: ignore[arg-type]
                 self.fickle = self.fickle or f"it calls {code.co_name}()"
         elif event == "c_call":
             name = getattr(argument, "__name__", "")
