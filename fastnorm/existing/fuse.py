@@ -98,6 +98,8 @@ class FusedForward(nn.Module):
         def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             return _run(self, written, args, kwargs)
 
+        # torch.compile counts recompilations by code object: each class has its own
+        forward.__code__ = forward.__code__.replace()  # type: ignore[attr-defined]
         return {"forward": forward}
 
 
@@ -168,9 +170,19 @@ def plan_for(module: nn.Module, written: Callable[..., Any], args: Any, kwargs: 
         if name in part.__dict__
     ]
     graph.rewrite()
-    code = captured.graph.python_code("self")
-    exec(compile(code.src, "<fastnorm fused forward>", "exec"), code.globals)
-    return Plan(code.globals["forward"], captured, found, parts)
+    return Plan(_function(captured.graph.python_code("self")), captured, found, parts)
+
+
+_functions: dict[tuple[str, tuple[tuple[str, int], ...]], Callable[..., Any]] = {}
+
+
+def _function(code: Any) -> Callable[..., Any]:
+    """A graph's code as a function: one for equal modules, or torch.compile takes each for new."""
+    key = code.src, tuple((name, id(value)) for name, value in code.globals.items())
+    if key not in _functions:
+        exec(compile(code.src, "<fastnorm fused forward>", "exec"), code.globals)
+        _functions[key] = code.globals["forward"]  # which keeps the rest, so that no id comes again
+    return _functions[key]
 
 
 class Nothing(str):

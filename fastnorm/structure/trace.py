@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from fastnorm.structure import activations, layers
 from fastnorm.structure.activations import Activation
+from fastnorm.structure.watch import undrawn
 
 
 class _Tracer(fx.Tracer):
@@ -46,7 +47,7 @@ def trace(model: nn.Module, found: Mapping[nn.Module, Activation]) -> fx.Graph:
         for name, parameter in inspect.signature(model.forward).parameters.items()
         if parameter.default is not parameter.empty
     }
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), undrawn():
         warnings.simplefilter("ignore")
         return _Tracer(found).trace(model, concrete_args=defaults or None)
 

@@ -66,6 +66,7 @@ class Watch:
         self.guards: list[Guard] = []
         self.codes: dict[CodeType, None] = {}
         """Code outside torch that ran, in that order."""
+        self.seen: set[CodeType] = set()
         self.fickle = ""
         self.thread = threading.get_ident()
 
@@ -128,6 +129,9 @@ class Watch:
 
     def _of_globals(self, code: CodeType, names: Mapping[str, Any]) -> None:
         """Values and functions that `code` finds among its globals."""
+        if code in self.seen:
+            return
+        self.seen.add(code)
         for name in code.co_names:
             value = names.get(name, ABSENT)
             if type(value).__module__.startswith("numpy.random"):
@@ -152,9 +156,10 @@ class Watch:
             if code.co_filename.endswith(CONTEXT_FILES):
                 if code.co_name in ("__enter__", "decorate_context", "checkpoint", "wrapper_fwd"):
                     self.fickle = self.fickle or "it runs in a context, or checkpointed"
-            elif not _is_trusted(frame) and not _is_aside(frame) and code not in self.codes:
-                self.codes[code] = None
+            elif not _is_trusted(frame):
                 self._of_globals(code, frame.f_globals)
+                if not _is_aside(frame):
+                    self.codes[code] = None
             elif logs and not _is_trusted(caller):  # type: ignore[arg-type]
                 self.fickle = self.fickle or f"it calls {code.co_name}()"
         elif event == "c_call":
