@@ -1,6 +1,7 @@
 """What a forward reads, sets and calls while it is traced: noted, or a reason to give up."""
 
 import gc
+import pickle
 import random
 import sys
 import sysconfig
@@ -47,7 +48,9 @@ class Guard:
 
     def holds(self) -> bool:
         now = self.owner.get(self.name, ABSENT)
-        return now is self.value or (type(now) is type(self.value) and bool(now == self.value))
+        return now is self.value or (
+            type(now) is type(self.value) and _is_comparable(now) and bool(now == self.value)
+        )
 
 
 class _NoTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -169,7 +172,7 @@ class Watch:
                 self.fickle = self.fickle or f"it calls {name}()"
             if name in MUTATORS and not _is_trusted(frame):
                 for of, value in frame.f_globals.items():
-                    if value is argument.__self__:
+                    if value is getattr(argument, "__self__", ABSENT):
                         self.fickle = self.fickle or f"it changes {of}"
 
 
@@ -178,18 +181,17 @@ def undrawn() -> Iterator[Callable[[], bool]]:
     """Python's and NumPy's random numbers go on as if none had been drawn; asks whether one was."""
     numpy = getattr(sys.modules.get("numpy"), "random", None)
 
-    def numpys() -> Any:
-        name, key, *place = numpy.get_state() if numpy is not None else ("", b"")
-        return name, bytes(key), *place
+    def state() -> tuple[Any, bytes]:
+        of_numpy = None if numpy is None else numpy.get_state(legacy=False)
+        return random.getstate(), pickle.dumps(of_numpy)
 
-    then, numpys_then = random.getstate(), numpys()
-    state = None if numpy is None else numpy.get_state()
+    then = state()
     try:
-        yield lambda: (then, numpys_then) != (random.getstate(), numpys())
+        yield lambda: state() != then
     finally:
-        random.setstate(then)
+        random.setstate(then[0])
         if numpy is not None:
-            numpy.set_state(state)
+            numpy.set_state(pickle.loads(then[1]))
 
 
 def _is_comparable(value: object) -> bool:
