@@ -266,6 +266,21 @@ def test_a_default_device_that_is_not_the_models():
     assert not model[1].weight.is_meta
 
 
+def test_a_shape_that_is_a_size():
+    """Equal to a tuple, and of another type."""
+
+    class Sized(RootMeanSquare):
+        def __init__(self):
+            super().__init__(16)
+            self.normalized_shape = self.weight.shape
+
+    theirs = nn.Sequential(Sized())
+    ours = fastnorm.convert(copy.deepcopy(theirs))
+    assert isinstance(ours[0], ForeignRMSNorm)
+    x = torch.randn(ROWS)
+    near(ours(x), theirs(x))
+
+
 def test_subclass_keeps_its_own():
     model = fastnorm.convert(nn.Sequential(OwnBatchNorm(4)))
     assert isinstance(model[0], fastnorm.BatchNorm2d)

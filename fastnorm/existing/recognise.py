@@ -189,7 +189,7 @@ def _conflict(module: nn.Module, swap: Swap) -> str:
     """Why the attributes of ours would take the place of others; a child is an attribute too."""
     for name, value in swap.attributes.items():
         now = getattr(module, name, value)
-        if type(now) is not type(value) or now != value:
+        if now != value:
             return f"its attribute {name} is {now!r}, and ours would be {value!r}"
     return ""
 
