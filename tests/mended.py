@@ -11,9 +11,10 @@ Mended, because a GPU does otherwise:
 - A `range` variable was a plain int, so its offsets wrapped where a GPU's do not, and did not wrap
   where a GPU's do. Now it has the type that the compiler gives it.
 - A dot may not be shorter than 16 in K.
-Mended, because it costs: a device call patched all of triton.language again, and for good; every
-integer operation was repeated in int64 for an assertion that is off; `tl.reduce` with a combine
-function ran element by element.
+Mended, because it costs: every operation worked out types and shapes again (steps_once.py); NumPy's
+helpers for new axes, broadcasts and splats took longer than small tiles; a device call patched all
+of triton.language again, and for good; every integer operation was repeated in int64 for an
+assertion that is off; `tl.reduce` with a combine function ran element by element.
 
 Still hidden here, and seen on a GPU only:
 - programs run one after another (checker.py finds their conflicts), and all threads of a program in
@@ -280,6 +281,7 @@ def _find_patches() -> None:
             new = ours.get(name, new)
         if name == "range":
             new = _typed_range
+        # upstream wraps a builtin in a function whose `member` it is
         builtin = (getattr(new, "__kwdefaults__", None) or {}).get("member")
         if builtin is not None:
             new = replayed(builtin)

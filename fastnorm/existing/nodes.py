@@ -19,6 +19,7 @@ FRESH = frozenset((
     "sigmoid", "softmax", "exp", "sqrt",
 ))  # fmt: skip
 """Functions and methods that return memory of their own; others may return a view."""
+
 # every argument that changes what they compute, with the value that ours has
 ARGUMENTS = {"leaky_relu": ("negative_slope", 0.01), "elu": ("alpha", 1.0)}
 

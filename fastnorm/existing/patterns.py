@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from fastnorm.existing import calls, nodes
 from fastnorm.existing.foreign import ForeignRMSNorm
-from fastnorm.modules.attributes import is_hooked
+from fastnorm.modules.attributes import convolves_as, is_hooked
 from fastnorm.structure import layers
 
 LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -127,8 +127,8 @@ class Graph:
             reason = f"the output of {layer.target} is used elsewhere"
         elif is_hooked(module):
             reason = f"{layer.target} has hooks"
-        elif getattr(module, "padding_mode", "zeros") != "zeros":
-            reason = f"{layer.target} pads with {module.padding_mode}"
+        elif not convolves_as(module, type(module)):
+            reason = f"{layer.target} pads or convolves in a way of its own"
         elif not nodes.takes_one(layer):
             reason = f"{layer.target} is called in an unusual way"
         if reason:

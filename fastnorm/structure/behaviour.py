@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from fastnorm.structure import activations
 from fastnorm.structure.activations import Activation
-from fastnorm.structure.watch import undrawn
+from fastnorm.structure.undrawn import undrawn
 
 NEAR = 0.03
 """x·σ(1.702x) is within 0.02 of GELU; no other two of those below are so close, but its own two."""

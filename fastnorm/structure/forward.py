@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from fastnorm.structure.hazards import entry_codes, hazard
-from fastnorm.structure.watch import SIMPLE, Guard, UntraceableError, Watch, undrawn
+from fastnorm.structure.undrawn import undrawn
+from fastnorm.structure.watch import SIMPLE, Guard, UntraceableError, Watch
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 IN_PLACE = (

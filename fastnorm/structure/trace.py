@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fastnorm.structure import activations, layers
 from fastnorm.structure.activations import Activation
-from fastnorm.structure.watch import undrawn
+from fastnorm.structure.undrawn import undrawn
 
 
 class _Tracer(fx.Tracer):

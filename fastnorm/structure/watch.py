@@ -1,12 +1,10 @@
 """What a forward reads, sets and calls while it is traced: noted, or a reason to give up."""
 
 import gc
-import pickle
-import random
 import sys
 import sysconfig
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import CodeType, FrameType, FunctionType
@@ -14,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 from torch.utils._python_dispatch import TorchDispatchMode
 
 SIMPLE = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -139,6 +138,8 @@ class Watch:
             value = names.get(name, ABSENT)
             if type(value).__module__.startswith("numpy.random"):
                 self.fickle = self.fickle or f"it may ask {name} for random numbers"
+            if isinstance(value, FunctionType) and value.__globals__ is vars(_symbolic_trace):
+                value = getattr(value, "__wrapped__", value)  # by torch.fx.wrap, while it traces
             if isinstance(value, (*SIMPLE, FunctionType)):
                 self.guards.append(Guard(names, name, value))
 
@@ -174,24 +175,6 @@ class Watch:
                 for of, value in frame.f_globals.items():
                     if value is getattr(argument, "__self__", ABSENT):
                         self.fickle = self.fickle or f"it changes {of}"
-
-
-@contextmanager
-def undrawn() -> Iterator[Callable[[], bool]]:
-    """Python's and NumPy's random numbers go on as if none had been drawn; asks whether one was."""
-    numpy = getattr(sys.modules.get("numpy"), "random", None)
-
-    def state() -> tuple[Any, bytes]:
-        of_numpy = None if numpy is None else numpy.get_state(legacy=False)
-        return random.getstate(), pickle.dumps(of_numpy)
-
-    then = state()
-    try:
-        yield lambda: state() != then
-    finally:
-        random.setstate(then[0])
-        if numpy is not None:
-            numpy.set_state(pickle.loads(then[1]))
 
 
 def _is_comparable(value: object) -> bool:
