@@ -31,6 +31,7 @@ LAYERS = [  # top to bottom; a file may import only from its own layer and those
     "fastnorm.ops",  # above eager: what a kernel cannot do is done there
     "fastnorm.eager",
     "fastnorm.distributed",
+    "fastnorm.processor",
     "fastnorm.kernels",
     "fastnorm.kernels.launch",
     "fastnorm.kernels.devices",

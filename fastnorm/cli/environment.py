@@ -1,11 +1,11 @@
 """What a result depends on beside its arguments: versions, and the machine."""
 
 import platform
-import sys
 from importlib import metadata
-from pathlib import Path
 
 import torch
+
+from fastnorm import processor
 
 PACKAGES = ("fastnorm", "torch", "triton", "numpy", "scikit-learn", "matplotlib", "rich")
 
@@ -26,16 +26,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
     cuda = device.type == "cuda"
     return {
         "device": str(device),
-        "name": torch.cuda.get_device_name(device) if cuda else _processor(),
+        "name": torch.cuda.get_device_name(device) if cuda else processor.name(),
         "system": f"{platform.system()} {platform.machine()}",
         "threads": torch.get_num_threads(),
     }
-
-
-def _processor() -> str:
-    """The processor's name; `platform` knows it everywhere but on Linux."""
-    if sys.platform == "linux":
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()

@@ -3,19 +3,24 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from fastnorm.eager import gram, native
+from fastnorm.eager import gram, native, products
 from fastnorm.eager.activations import ACTIVATIONS
 from fastnorm.eager.native import STEPS
 
 BLOCK_BYTES = 1 << 20
 """Of the product: what a core's second-level cache holds with room to spare."""
+CONVOLVED_BYTES = 4 << 20
+"""The same of a convolution: to begin one takes longer than to begin a product."""
 
 
-def blocks(N: int, *tensors: Tensor | None) -> Iterator[tuple[Tensor | None, ...]]:
-    """Some rows of each tensor at a time, such that (rows, N) float32 are BLOCK_BYTES."""
-    size = max(BLOCK_BYTES // (4 * N), 64)
+def blocks(
+    N: int, *tensors: Tensor | None, size: int = BLOCK_BYTES
+) -> Iterator[tuple[Tensor | None, ...]]:
+    """Some rows of each tensor at a time, such that (rows, N) float32 are of that size in bytes."""
+    size = max(size // (4 * N), 64)
     rows = next(t.shape[0] for t in tensors if t is not None)
     for start in range(0, rows, size):
         yield tuple(None if t is None else t[start : start + size] for t in tensors)
@@ -52,7 +57,7 @@ def forward(
     """y from rows less their mean: act((x − x̄) (α∘W)ᵀ + shift)."""
     dtype = gram.compute_dtype(x.dtype)
     folded = gram.scale_of(statistics, norm_weight)[:, None] * weight.double()
-    w = folded.to(dtype).T
+    w = folded.to(dtype)
     x_mean = None if statistics.x_mean is None else statistics.x_mean.to(dtype)
     if statistics.x_mean is None or x_mean is None:
         shift = -gram.scale_of(statistics, norm_weight) * statistics.centre
@@ -63,15 +68,22 @@ def forward(
     if norm_bias is not None:
         shift = shift + norm_bias.double().reshape(-1)
     shift = shift.to(dtype)
-    N = weight.shape[0]
-    y = native.on_huge_pages(torch.empty(x.shape[0], N, dtype=x.dtype, device=x.device))
-    for x_block, y_block in blocks(N, x, y):
+    act = STEPS[activation][0] if activation in STEPS else ACTIVATIONS[activation]
+    M, N = x.shape[0], weight.shape[0]
+    convolves = products.convolves(x, w)  # which writes to no given memory
+    if convolves and x_mean is None and 4 * M * N < native.HUGE:
+        return act(products.convolution(x, w, shift))
+    y = native.on_huge_pages(torch.empty(M, N, dtype=x.dtype, device=x.device))
+    in_place = not convolves and y.dtype is dtype
+    for x_block, y_block in blocks(N, x, y, size=CONVOLVED_BYTES if convolves else BLOCK_BYTES):
         assert x_block is not None
         assert y_block is not None
-        operands = (shift, shifted(x_block, x_mean, dtype), w)
-        in_place = y.dtype is dtype
-        z = torch.addmm(*operands, out=y_block) if in_place else torch.addmm(*operands)
-        z = STEPS[activation][0](z) if activation in STEPS else ACTIVATIONS[activation](z)
+        rows = shifted(x_block, x_mean, dtype)
+        if in_place:
+            z = torch.addmm(shift, rows, w.T, out=y_block)
+        else:
+            z = (products.convolution if convolves else F.linear)(rows, w, shift)
+        z = act(z)
         if z is not y_block:
             y_block.copy_(z)
     return y

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastnorm.eager import native
+from fastnorm.eager import native, products
 from fastnorm.eager.batch_norm import batch_norm
 from fastnorm.eager.sync_formulas import gradients_about
 
@@ -19,7 +19,7 @@ def product(input: Tensor, weight: Tensor, bias: Tensor | None, training: bool) 
     constant = constant and not torch.compiler.is_compiling() and not native.observed(input)
     b = bias.detach() if constant and bias is not None else bias
     if input.ndim == 2:
-        z = F.linear(input, weight, b)
+        z = products.linear(input, weight, b)
     else:
         kernel = weight.view(*weight.shape, *[1] * (input.ndim - 2))
         z = CONVOLUTIONS[input.ndim](input, kernel, b)
