@@ -15,7 +15,7 @@ TILE_BYTES = 8192  # what one program of 4 warps loads at a time: four vectors a
 WHOLE_BYTES = 32768  # a program that owns this much of x finds it in a cache when it reads it again
 PROGRAMS_PER_MULTIPROCESSOR = 4  # that share the index sets, 4 warps each
 COLUMN_PROGRAMS = 3  # the same, where a thread's registers hold the statistics of 8 channels
-LEAST_TILES = 8  # of a program, where there are more than a device has room for already
+START = 2  # tiles that take as long as what a program does before and after its own
 SECTOR = 32  # bytes that a cache loads together
 
 
@@ -140,15 +140,16 @@ def programs_together(columns: bool) -> int:
 def split(tiles: int, others: int, together: int, device: Device) -> int:
     """Tiles of each program, where so many others have as many tiles.
 
-    A multiprocessor has room for so many programs together. All are resident at once; or in some
-    rounds, where one would leave processors idle.
+    A multiprocessor has room for so many programs together. All are resident at once, or one round
+    after another where one alone would leave processors idle: what takes least, START included.
     """
     room = together * device.multiprocessors
-    programs, fewest = 1, cdiv(others, room)
-    for rounds in range(fewest, fewest + 3):
-        programs = max(rounds * room // others, 1)
-        if programs * others >= 0.9 * rounds * room:
-            break
-    if fewest > 1 and tiles < LEAST_TILES * programs:  # they would spend their time on other things
-        programs = 1
-    return cdiv(tiles, min(programs, tiles))
+    fewest = cdiv(others, room)
+    programs = [max(rounds * room // others, 1) for rounds in range(fewest, fewest + 3)]
+    shares = [cdiv(tiles, min(number, tiles)) for number in programs]
+
+    def time(share: int) -> int:
+        programs = cdiv(tiles, share) * others
+        return cdiv(programs, device.multiprocessors) * (share + START)
+
+    return min(shares, key=time)
