@@ -140,8 +140,8 @@ def programs_together(columns: bool) -> int:
 def split(tiles: int, others: int, together: int, device: Device) -> int:
     """Tiles of each program, where so many others have as many tiles.
 
-    A multiprocessor has room for so many programs together. All are resident at once, or one round
-    after another where one alone would leave processors idle: what takes least, START included.
+    A multiprocessor has room for so many programs together. Up to three rounds of these are tried,
+    and those taken that leave least, START included, to the multiprocessor with most programs.
     """
     room = together * device.multiprocessors
     fewest = cdiv(others, room)

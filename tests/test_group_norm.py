@@ -207,6 +207,32 @@ def test_activation_and_residual_channels_last(backend, shape, num_groups, activ
         assert case.check()["y"].is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+@pytest.mark.parametrize(
+    ("shape", "full"),
+    [
+        ((2, 64, 16, 16), True),
+        ((2, 36, 16, 16), False),  # the last channels
+        ((2, 64, 17, 13), False),  # the last positions
+        ((2, 36, 17, 13), False),
+    ],
+    ids=str,
+)
+def test_tiles_that_end_with_a_sample(backend, shape, full, dtype):
+    """Those of channels_last know no masks, where programs share a sample."""
+    case = problem(
+        shape, 4, backend, dtype, memory_format=torch.channels_last,
+        residual=True, activation="silu",
+    )  # fmt: skip
+    case.check()
+    plans = pytest.importorskip("fastnorm.kernels.group_plans")
+    N, C, *sides = shape
+    plan = plans.group_plan(
+        N, C, sides[0] * sides[1], True, C // 4, dtype.itemsize, plans.Device(4)
+    )
+    assert (plan.whole, plan.full) == (False, full)
+
+
 @pytest.mark.parametrize("parameters", FLOATS, ids=lambda d: f"parameters {d}"[17:])
 @pytest.mark.parametrize("dtype", FLOATS, ids=lambda d: f"input {d}"[12:])
 def test_mixed_dtypes(backend, dtype, parameters):

@@ -54,6 +54,20 @@ def test_few_channels_fill_a_device(C, N, S, columns):
 
 
 @pytest.mark.parametrize(
+    ("tiles", "others", "share"),
+    [
+        (8, 320, 8),  # 2.4 programs a processor, one round: three of a third of that are no faster
+        (32, 160, 8),  # 4.8 instead of 1.2, of which some processors would have twice as many
+        (1000, 1, 3),
+        (1, 10_000, 1),
+        (2, 10_000, 2),  # nobody waits for a part of what all have
+    ],
+)
+def test_shares_leave_the_busiest_processor_least(tiles, others, share):
+    assert launch.split(tiles, others, 3, Device(132)) == share
+
+
+@pytest.mark.parametrize(
     ("N", "C", "S", "itemsize", "lead"),
     [
         (256, 288, 35 * 35, 2, 8),

@@ -22,7 +22,7 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 @triton.jit
 def exp(x):
-    """exp(x); of float32, 0 where it is below 2⁻¹²⁶: a GPU needs three instructions more to tell."""
+    """exp(x); of float32, 0 where that is below 2⁻¹²⁶: a GPU takes three instructions to tell."""
     return tl.exp(x) if x.dtype == tl.float64 else tl.exp2(x * LOG2_E)
 
 
