@@ -75,6 +75,8 @@ def batch_norm(
         nothing_to_gain = dense and not own and residual is None and activation == "identity"
         plain = nothing_to_gain or native.observed(input)
     if plain or (residual is not None and residual.dtype is not input.dtype):
+        if cpu and not torch.compiler.is_compiling() and native.is_mistaken(input):
+            input = input.contiguous()
         statistics = (running_mean, running_var, training, momentum, eps)
         z = _plain(input, weight, bias, statistics, cpu or torch.backends.cudnn.enabled)
         if residual is not None:

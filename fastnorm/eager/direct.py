@@ -48,7 +48,7 @@ def batch_norm(
             training or not (input.is_contiguous() or native.needs_no_gradient(input, weight, bias))
         ):
             return None
-    if type(momentum) is not float or eps <= 0.0:
+    if type(momentum) is not float or eps <= 0.0 or native.is_mistaken(input):
         return None
     if size >= batch_norm_cpu.SMALL and (
         activation != "identity"

@@ -85,7 +85,7 @@ def prepared(
 
 
 def channels_are_last(input: Tensor) -> bool:
-    return input.dim() > 3 and input.is_contiguous(memory_format=native.memory_format(input))
+    return input.dim() > 3 and native.is_dense(input)
 
 
 def _plain(

@@ -54,7 +54,21 @@ def memory_format(input: Tensor) -> torch.memory_format:
 
 def is_dense(input: Tensor) -> bool:
     """Whether torch's CPU kernels walk its memory in order."""
-    return input.is_contiguous() or input.is_contiguous(memory_format=memory_format(input))
+    if input.is_contiguous():
+        return True
+    return input.is_contiguous(memory_format=memory_format(input)) and not is_mistaken(input)
+
+
+def is_mistaken(input: Tensor) -> bool:
+    """Whether torch does not see that channels are innermost in a tensor that is dense.
+
+    An axis of one element may have any stride, and torch goes by strides. Of such a tensor its
+    group norm says that it is not contiguous, and its batch norm's gradient in evaluation is wrong.
+    """
+    if input.is_contiguous() or traced():
+        return False
+    format = memory_format(input)
+    return input.is_contiguous(memory_format=format) and suggest_memory_format(input) is not format
 
 
 def kept_format(input: Tensor) -> torch.memory_format:

@@ -1,0 +1,53 @@
+"""Channels innermost, where an axis of one element has a stride that does not say so.
+
+`image.permute(2, 0, 1)[None]` is such a tensor. torch's group norm on a CPU takes it for strided if it
+is given one by its operator, and its batch norm's gradient in evaluation is wrong.
+"""
+
+import pytest
+import torch
+from cases import assert_close
+
+import fastnorm
+
+INPUTS = {
+    "an image": lambda: torch.randn(8, 9, 6).permute(2, 0, 1)[None],
+    "tokens": lambda: torch.randn(72, 1, 6).permute(1, 2, 0).view(1, 6, 8, 9),
+    "a large image": lambda: torch.randn(128, 96, 6).permute(2, 0, 1)[None],
+    "columns": lambda: torch.randn(3, 1, 5, 6).permute(0, 3, 2, 1),
+    "a volume": lambda: torch.randn(4, 3, 5, 6).permute(3, 0, 1, 2)[None],
+}
+NORMS = {
+    "GroupNorm": lambda axes, **options: fastnorm.GroupNorm(2, 6, **options),
+    "InstanceNorm": lambda axes, **options: getattr(fastnorm, f"InstanceNorm{axes}d")(
+        6, affine=True, track_running_stats=True, **options
+    ),
+    "BatchNorm": lambda axes, **options: getattr(fastnorm, f"BatchNorm{axes}d")(6, **options),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("activation", ["identity", "relu", "silu"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("name", INPUTS)
+def test_matches_the_same_numbers_in_order(backend, name, norm, activation, training):
+    x = INPUTS[name]().to(backend)
+    assert not x.is_contiguous()
+    module = NORMS[norm](x.dim() - 2, activation=activation, device=backend).train(training)
+    for t in (module.weight, module.bias):
+        torch.nn.init.normal_(t)
+    if norm != "GroupNorm":
+        module.running_var.fill_(0.5)
+    dy = torch.randn(x.shape, device=backend)
+
+    def run(x, module):
+        leaves = [x.detach().requires_grad_(), *module.parameters()]
+        y = module(leaves[0])
+        return y, *torch.autograd.grad(y, leaves, dy.to(y.dtype))
+
+    buffers = {name: t.clone() for name, t in module.state_dict().items()}
+    found = run(x, module)
+    module.load_state_dict(buffers)
+    wanted = run(x.double().contiguous(), module.double())
+    for got, want in zip(found, wanted, strict=True):
+        assert_close(got, want, x.numel(), roundings=4)
