@@ -1,7 +1,7 @@
 """Channels innermost, where an axis of one element has a stride that does not say so.
 
-`image.permute(2, 0, 1)[None]` is such a tensor. torch's group norm on a CPU takes it for strided if it
-is given one by its operator, and its batch norm's gradient in evaluation is wrong.
+`image.permute(2, 0, 1)[None]` is such a tensor. On a CPU torch's operator of group norm refuses it,
+and its batch norm's gradient in evaluation is wrong.
 """
 
 import pytest

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import deque
 
 import pytest
 import torch
@@ -319,3 +320,62 @@ def test_a_block_in_several_places_counts_at_each(times):
     assert read(nn.Sequential(*[block] * times)).blocks == times
     one = Block("pre")
     assert read(nn.Sequential(*[one] * times)).blocks == times
+
+
+class Counting(nn.Module):
+    """All that a forward may leave in its module."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.calls = 0
+        self.losses, self.last, self.seen, self.named = [], deque(maxlen=2), set(), {}
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("steps", torch.zeros(()))
+        self.register_buffer("nothing", None)
+
+    def forward(self, x):
+        h = self.layer(x)
+        self.calls += 1
+        self.losses.append(h.square().mean())
+        self.last.append(h)
+        self.seen.add(self.calls)
+        self.named["h"] = self.features = h
+        self.steps.add_(1)
+        self.mean = 0.9 * self.mean + 0.1 * h.detach().mean(0)
+        return F.relu(h - self.mean)
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["", "untraced"])
+def test_whoever_reads_a_model_leaves_it_as_it_was(fails):
+    model = nn.Sequential(Counting(), nn.Linear(4, 4), nn.BatchNorm1d(4))
+    if fails:
+        model.append(Valued())
+    x = torch.randn(8, 4)
+    with signals.record(model) as recorded:
+        y = model(x)  # its backward asks for a buffer's version
+    counting = model[0]
+    held, before = dict(vars(counting)), copy.deepcopy(model.state_dict())
+    buffers, version = dict(counting._buffers), counting.steps._version
+    structure = read(model)
+    assert bool(structure.untraced) is fails
+    recorded.findings()
+    assert vars(counting) == held
+    assert all(counting._buffers[name] is t for name, t in buffers.items())
+    assert counting.steps._version == version
+    assert [counting.calls, len(counting.losses), len(counting.last)] == [1, 1, 1]
+    assert (counting.seen, list(counting.named)) == ({1}, ["h"])
+    assert counting.losses[0] is not None
+    assert type(counting.losses[0]) is torch.Tensor
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    y.sum().backward()
+    init.initialize(model)
+    assert counting.calls == 1
+    torch.testing.assert_close(counting.mean, before["0.mean"], rtol=0, atol=0)
+
+
+class Valued(nn.Module):
+    """It asks for a value, which nothing traced has."""
+
+    def forward(self, x):
+        return x if x.sum().item() > 0 else x + 0.0

@@ -9,6 +9,7 @@ from fastnorm.structure import activations, layers
 from fastnorm.structure.activations import Activation
 from fastnorm.structure.behaviour import activations_of
 from fastnorm.structure.trace import Reader, ancestors, descend, trace
+from fastnorm.structure.unchanged import unchanged
 
 
 @dataclass(frozen=True)
@@ -56,16 +57,21 @@ class Structure:
 def read(model: nn.Module) -> Structure:
     """What follows what in `model`; nothing runs but its forward, on placeholders.
 
+    The model is left as it was, whatever that forward sets or counts.
+
     And, on a few numbers, the forward of modules that may be activations: see `behaviour`.
     """
     prefix = layers.wrapped(model)
     if prefix:
         return _renamed(read(model._modules[prefix]), prefix)  # type: ignore[arg-type]
-    structure, found = Structure(), activations_of(model)
-    try:
-        graph = trace(model, found)
-    except Exception as error:  # a forward may raise anything when its tensors have no values
-        structure.untraced = f"{type(error).__name__}: {error}".splitlines()[0]
+    structure = Structure()
+    with unchanged(model):
+        found = activations_of(model)
+        try:
+            graph = trace(model, found)
+        except Exception as error:  # a forward may raise anything when its tensors have no values
+            structure.untraced = f"{type(error).__name__}: {error}".splitlines()[0]
+    if structure.untraced:
         _from_order(model, structure, found)
     else:
         _from_graph(Reader(model, graph, found), structure, lone=layers.is_unit(model))
