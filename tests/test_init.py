@@ -818,3 +818,57 @@ def test_lsuv_refuses_a_constant_output(batch, std):
         init.lsuv(model, batch)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert not model[0]._forward_hooks
+
+
+def test_a_padding_row_stays_zero_where_a_layer_shares_the_weight():
+    model = nn.ModuleDict({"in": nn.Embedding(10, 4, padding_idx=3), "out": nn.Linear(4, 10)})
+    model["out"].weight = model["in"].weight
+    told = {row.layer: row.reason for row in init.initialize(model).rows}
+    weight = model["in"].weight
+    assert weight[3].tolist() == [0.0] * 4
+    assert weight.abs().sum() > 0
+    assert told["out"].endswith("row 3 is padding, 0")
+
+
+class GivesBias(nn.Linear):
+    """As Megatron's: (output, bias)."""
+
+    def forward(self, x):
+        return F.linear(x, self.weight), self.bias
+
+
+class TakesBias(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = GivesBias(4, 4)
+
+    def forward(self, x):
+        y, bias = self.layer(x)
+        return y + bias
+
+
+def test_lsuv_scales_a_layer_that_returns_its_bias_too():
+    model, batch = TakesBias(), torch.randn(64, 4)
+    (row,) = init.lsuv(model, batch).rows
+    assert row.scheme == "lsuv"
+    assert F.linear(batch, model.layer.weight).std(correction=0).item() == pytest.approx(1.0)
+
+
+def test_a_lazy_buffer_is_refused_before_anything_changes():
+    model = nn.Sequential(nn.Linear(3, 4), nn.LazyBatchNorm1d(affine=False))
+    before = model[0].weight.clone()
+    with pytest.raises(ValueError, match=r"1\.running_mean is lazy"):
+        init.initialize(model)
+    assert torch.equal(model[0].weight, before)
+
+
+class Inserting(nn.Sequential):
+    """A forward of its own, which cannot be traced: its parts are no neighbours."""
+
+    def forward(self, x):
+        first, norm = self
+        return norm(first(x).relu() if x.sum().item() != 0 else first(x))
+
+
+def test_parts_of_a_sequential_with_its_own_forward_are_no_neighbours():
+    assert redundant_biases(Inserting(nn.Linear(4, 8), nn.BatchNorm1d(8))) == []

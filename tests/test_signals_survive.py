@@ -1,8 +1,11 @@
 """fastnorm.signals on models as people have them: the numbers stay right, and nothing breaks."""
 
 import copy
+import gc
+import io
 import math
 import threading
+import weakref
 
 import pytest
 import torch
@@ -543,3 +546,94 @@ def test_a_recording_that_cannot_start_leaves_nothing():
         signals.record(model).__enter__()
     assert hooks(model) == []
     assert not model[0].weight._post_accumulate_grad_hooks
+
+
+def test_copies_and_pickles_leave_the_hooks_behind():
+    """An average of weights, or the best model so far, is taken where a recording runs."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU())
+    x = torch.randn(8, 4)
+    with signals.record(model) as recorded:
+        model(x).sum().backward()
+        copied = copy.deepcopy(model)
+        torch.save(model, saved := io.BytesIO())
+        copied.eval()(x)
+    alive = weakref.ref(recorded)
+    del recorded, model
+    gc.collect()
+    assert alive() is None
+    torch.save(copied, again := io.BytesIO())
+    for file in (saved, again):
+        file.seek(0)
+        loaded = torch.load(file, weights_only=False)
+        torch.testing.assert_close(loaded.eval()(x), copied.eval()(x), rtol=0, atol=0)
+
+
+class Given(nn.Module):
+    """A positional embedding: it returns its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4))
+
+    def forward(self):
+        return self.weight
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.given, self.layer = Given(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.layer(x + self.given())
+
+
+def test_no_hook_stays_on_a_parameter_that_is_an_output():
+    model = Positions()
+    for _ in range(2):
+        with signals.record(model) as recorded:
+            model(torch.randn(8, 4)).sum().backward()
+    (given,) = (layer for layer in recorded.layers if layer.name == "given")
+    assert given.gradient_norm > 0
+    assert not model.given.weight._backward_hooks
+
+
+def masked(model, **options):
+    size = 5
+    mask = nn.Transformer.generate_square_subsequent_mask(size)
+    with signals.record(model) as recorded:
+        model(torch.randn(2, size, 16), mask=mask, **options).sum().backward()
+    return [finding for finding in recorded.findings() if finding.problem == "NaN or infinity"]
+
+
+def test_a_mask_of_infinities_is_no_fault_of_the_data():
+    layer = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+    assert masked(model) == []
+    nn.init.constant_(model.layers[1].linear1.weight, math.nan)
+    (found,) = masked(model)
+    assert found.layer == "layers.1.linear1"
+
+
+class Narrow(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(4))
+
+    def forward(self, x):
+        return (x * self.scale).to(torch.float8_e4m3fn)
+
+
+class OfNarrow(nn.Linear):
+    def forward(self, x):
+        return x @ self.weight.to(x.dtype).T + self.bias
+
+
+def test_float8_goes_by():
+    layer = OfNarrow(4, 4)
+    layer.weight = nn.Parameter(layer.weight.data.to(torch.float8_e4m3fn), requires_grad=False)
+    model = nn.Sequential(layer, nn.ReLU(), Narrow())
+    with signals.record(model) as recorded:
+        model(torch.randn(8, 4))
+    assert [layer.name for layer in recorded.layers] == ["0", "1"]
+    assert recorded.findings() == []

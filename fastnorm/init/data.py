@@ -125,7 +125,9 @@ def _divided(module: Any, std: float) -> Any:
     return module.weight / std
 
 
-def _std(output: Tensor) -> float:
+def _std(output: Any) -> float:
+    while isinstance(output, tuple) and output:  # some layers give their bias besides
+        output = output[0]
     wide = output.detach().to(torch.promote_types(output.dtype, torch.float32))
     return float(wide.std(correction=0))
 

@@ -1,6 +1,7 @@
 """initialize: every parameter of a model, by the layer it is in and by what follows the layer."""
 
 from torch import Generator, nn
+from torch.nn.parameter import is_lazy
 
 from fastnorm.init.report import InitReport
 from fastnorm.init.residual import RESIDUALS, apply_residual
@@ -73,9 +74,10 @@ def check(model: nn.Module, generator: Generator | None) -> None:
     """Raise what cannot be initialized, before anything changes."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, but got {type(model).__name__}")
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
             raise ValueError(f"{name} is lazy and has no shape yet: run the model on a batch first")
+    for name, parameter in model.named_parameters():
         device = parameter.device
         if generator is not None and device.type not in (generator.device.type, "meta"):
             raise RuntimeError(

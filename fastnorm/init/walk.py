@@ -73,6 +73,11 @@ class Walk:
         self.generator = generator
         self.rows: list[Initialized] = []
         self.owners = _owners(model)
+        self.padding: dict[Any, int] = {
+            module._parameters.get("weight"): module.padding_idx
+            for module in model.modules()
+            if isinstance(module, layers.EMBEDDINGS) and module.padding_idx is not None
+        }
 
     @torch.no_grad()
     def run(self) -> list[Initialized]:
@@ -101,7 +106,8 @@ class Walk:
         elif self._mine(name, module, "weight"):
             groups = getattr(module, "groups", 1)
             drawn = how.draw(module.weight, fans(module), self.generator, groups)
-            self.rows.append(Initialized(name, *drawn, how.reason))
+            reason = how.reason + self._padded(module.weight)
+            self.rows.append(Initialized(name, *drawn, reason))
         bias, row = module.bias, _join(name, "bias")
         if parametrize.is_parametrized(module, "bias"):
             self._assigned(row, module, "bias", torch.zeros_like(bias))
@@ -132,14 +138,17 @@ class Walk:
         self._others(name, module)
         if not self._mine(name, module, "weight"):
             return
-        weight, padding = module.weight, module.padding_idx
-        nn.init.normal_(weight, 0.0, 1.0, self.generator)
-        if padding is not None:
-            weight[padding] = 0.0
-        reason = "each output is a row"
-        if padding is not None:
-            reason += f"; row {padding} is padding, 0"
+        nn.init.normal_(module.weight, 0.0, 1.0, self.generator)
+        reason = "each output is a row" + self._padded(module.weight)
         self.rows.append(Initialized(name, "normal", 1.0, 1.0, reason))
+
+    def _padded(self, weight: Tensor) -> str:
+        """Nothing where a row stands for no token, also if an embedding shares the weight."""
+        padding = self.padding.get(weight)
+        if padding is None:
+            return ""
+        weight[padding] = 0.0
+        return f"; row {padding} is padding, 0"
 
     def _norm(self, name: str, module: Any) -> None:
         own = {part: module._parameters.get(part) for part in ("weight", "bias")}

@@ -76,14 +76,16 @@ def _not_finite(signals: Signals, input_failed: float) -> Iterator[Finding]:
     events = [(layer.failed, "output", layer) for layer in signals]
     events += [(layer.gradient_failed, "gradient", layer) for layer in signals]
     when, what, layer = min(events, key=lambda event: event[0], default=(math.inf, "", None))
-    if input_failed < min(when, math.inf):
+    # an input may have infinities of its own, as a mask has, and a weight NaN that it did not bring
+    broken = layer is not None and layer.weighted and math.isnan(layer.weight_norm)
+    if input_failed < when < math.inf and not broken:
         evidence = "The sum of the model's input is not finite before any layer's is"
         yield Finding("", "NaN or infinity", evidence, "clean the data")
     elif layer is not None and when < math.inf:
         evidence = f"The sum of its {what} is the first that is not finite"
         if not math.isfinite(layer.weight_norm) and layer.weight_norm == layer.weight_norm:
             evidence += "; so is the norm of its weight"
-        elif layer.weighted and math.isnan(layer.weight_norm):
+        elif broken:
             evidence += "; its weight holds NaN"
         yield Finding(layer.name, "NaN or infinity", evidence, remedy)
 

@@ -16,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 from fastnorm.signals import shown
 from fastnorm.signals.around import Functions, checked, module_by_module
 from fastnorm.signals.findings import Finding, find
+from fastnorm.signals.hooks import Hook
 from fastnorm.signals.layers import LayerSignal
 from fastnorm.signals.moments import First, number
 from fastnorm.signals.samples import Samples
@@ -38,9 +39,10 @@ def record(
     for each layer, norm and activation l: those called as functions of torch in the model's forward
     included, and modules of your own with parameters and no parts. Everything is summed on the
     model's device as it passes; one transfer at the end of the block brings the numbers. Hooks are
-    removed there, also after an exception. The model's results do not change, but for rounding
-    where something was compiled, or a transformer in evaluation took torch's fused path: in the
-    block modules run one by one. Calls by other threads are not recorded.
+    removed there, also after an exception; in copies of the model they do nothing. The model's
+    results do not change, but for rounding where something was compiled, or a transformer in
+    evaluation took torch's fused path: in the block modules run one by one. Calls by other threads
+    are not recorded.
 
     Args:
         model: any module; several forward and backward passes in the block are merged.
@@ -185,8 +187,10 @@ class Signals:
             if kind(module).watched and module not in parts:  # hooks would have them called apart
                 watch = watches[module] = Watch(name, module)
                 # always_call: what is running must be known after an exception
-                handle = module.register_forward_hook(leave, with_kwargs=True, always_call=True)
-                self._handles += [handle, module.register_forward_pre_hook(enter)]
+                handle = module.register_forward_hook(
+                    Hook(leave), with_kwargs=True, always_call=True
+                )
+                self._handles += [handle, module.register_forward_pre_hook(Hook(enter))]
                 self._handles += watch.attach()
 
     def _see(self, watch: Watch, module: nn.Module | None, input: Any, output: Any) -> None:
@@ -205,9 +209,11 @@ class Signals:
                 self._measure(watch, input, tensor)
             self._output = tensor
             if tensor.requires_grad and torch.is_grad_enabled():
-                tensor.register_hook(  # type: ignore[no-untyped-call]
+                handle: RemovableHandle = tensor.register_hook(  # type: ignore[no-untyped-call]
                     lambda gradient: self._see_gradient(watch, gradient)
                 )
+                if tensor.is_leaf:  # else it goes with its graph
+                    self._handles.append(handle)
 
     def _measure(self, watch: Watch, input: Any, tensor: Tensor) -> None:
         if watch.name not in self._watches:
@@ -253,8 +259,8 @@ class Signals:
                 self._depth = max(0, self._depth - 1)
                 self._listen()
 
-        self._handles.append(self.model.register_forward_pre_hook(enter, with_kwargs=True))
-        self._handles.append(self.model.register_forward_hook(leave, always_call=True))
+        self._handles.append(self.model.register_forward_pre_hook(Hook(enter), with_kwargs=True))
+        self._handles.append(self.model.register_forward_hook(Hook(leave), always_call=True))
 
     def _concerned(self) -> bool:
         """Whether this thread is the recording's, or one in which its backward pass runs."""

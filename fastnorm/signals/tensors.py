@@ -12,9 +12,13 @@ _PLAIN = Tensor.__torch_dispatch__
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether `tensor` has values of its own, in strides: not one of torch.func, FSDP, or meta."""
+    """Whether `tensor` has values of its own, in strides: not one of torch.func, FSDP, or meta.
+
+    Nor of 8 bits, with which torch does not compute.
+    """
     return (
         tensor.layout is torch.strided
+        and tensor.itemsize > 1
         and not (tensor.is_meta or tensor.is_nested)
         and type(tensor).__torch_dispatch__ is _PLAIN
         and _in_transform() == 0

@@ -216,7 +216,7 @@ def _weight(module: Any) -> Weight | None:
     module = getattr(module, parts[0]) if parts is not None else module
     for name in ("weight", "in_proj_weight", "weight_ih_l0", "weight_ih"):
         parameter = module._parameters.get(name)
-        if parameter is not None:
+        if parameter is not None and parameter.dtype.itemsize > 1:  # torch sums no float8
             return Weight(module, parameter)
     return None
 

@@ -216,7 +216,7 @@ def _from_order(
     names = {module: name for name, module in model.named_modules()}
     met: dict[str, set[str]] = {}
     for module in names:
-        if isinstance(module, nn.Sequential):
+        if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
             _neighbours(names, module, met, structure.reshaped)
     for layer, norms in met.items():
         if len(norms) == 1 and norms != {""}:
