@@ -872,3 +872,25 @@ class Inserting(nn.Sequential):
 
 def test_parts_of_a_sequential_with_its_own_forward_are_no_neighbours():
     assert redundant_biases(Inserting(nn.Linear(4, 8), nn.BatchNorm1d(8))) == []
+
+
+class Tied(nn.Module):
+    """A language model's head, scaled last, is its embedding."""
+
+    def __init__(self):
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(50, 16), nn.Linear(16, 16)
+        self.head = nn.Linear(16, 50, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens):
+        return self.head(self.layer(self.embedding(tokens)).tanh())
+
+
+def test_what_lsuv_reports_is_so_where_weights_are_tied():
+    model, tokens = Tied(), torch.randint(50, (8, 16))
+    report = init.lsuv(model, tokens)
+    found = model.layer(model.embedding(tokens))
+    assert report["layer"].std == pytest.approx(found.std(correction=0).item(), rel=1e-5)
+    assert report["layer"].std == pytest.approx(1.0, rel=1e-5)
+    assert report["head"].reason.endswith("not scaled: its weight is another layer's, too")

@@ -30,7 +30,8 @@ def lsuv(
     with x_l from the layers before, which have been scaled already. Biases are 0, so that one
     division is exact and one forward pass serves all layers. The pass runs in the model's mode but
     for dropout, which is off; buffers are as fresh as `initialize` leaves them. Weights within
-    attention and recurrent layers stay orthogonal, which the report says.
+    attention and recurrent layers, and those of several layers, stay orthogonal, and the report
+    says so.
 
     Args:
         batch: the model's input, or a sequence of its arguments, or a mapping of them by name.
@@ -64,14 +65,14 @@ def lsuv(
         arguments = (batch,) if isinstance(batch, Tensor) else tuple(batch)
     with _undone_on_error(model):
         rows = {row.layer: row for row in initialize(model, "orthogonal", generator=generator)}
-        scaler = _Scaler(rows)
+        scaler, shared = _Scaler(rows), _shared(model)
         with ExitStack() as stack, torch.no_grad():
             if "torch._dynamo" in sys.modules:  # a graph would hold weights of before
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             stack.enter_context(_without_dropout(model))
             stack.enter_context(_buffers_kept(model))
             for name, module in model.named_modules():
-                if isinstance(module, SCALED) and name in rows:
+                if isinstance(module, SCALED) and name in rows and module not in shared:
                     stack.callback(scaler.watch(name, module).remove)
             model(*arguments, **named)
     modules = dict(model.named_modules())
@@ -80,8 +81,20 @@ def lsuv(
             alone = not isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
             whole = alone and isinstance(modules.get(name), SCALED)
             why = "the batch never called it" if whole else "a part of a larger layer"
+            if modules.get(name) in shared:  # to scale it would undo what others measured
+                why = "its weight is another layer's, too"
             rows[name] = replace(row, reason=f"{row.reason}; not scaled: {why}")
     return InitReport(list(rows.values()))
+
+
+def _shared(model: nn.Module) -> set[nn.Module]:
+    """Layers whose weight is in several places."""
+    users: dict[nn.Parameter, list[nn.Module]] = {}
+    for module in model.modules():
+        weight = module._parameters.get("weight")
+        if weight is not None:
+            users.setdefault(weight, []).append(module)
+    return {module for found in users.values() if len(found) > 1 for module in found}
 
 
 class _Scaler:
