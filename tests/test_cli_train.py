@@ -495,7 +495,12 @@ def test_elsewhere_a_line_at_each_tenth(total, lines):
 
 
 @pytest.mark.parametrize(
-    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 128 + signal.SIGTERM)]
+    ("number", "status"),
+    [
+        (signal.SIGINT, 130),
+        (signal.SIGTERM, 128 + signal.SIGTERM),
+        (signal.SIGHUP, 128 + signal.SIGHUP),
+    ],
 )
 def test_a_signal_leaves_nothing(number, status, tmp_path, monkeypatch, capsys):
     """In this process: the signal arrives between two steps."""
@@ -509,10 +514,13 @@ def test_a_signal_leaves_nothing(number, status, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(Run, "finish_epoch", interrupted)
     before = signal.getsignal(signal.SIGTERM)
+    hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     try:
         ended = main(["train", "--model", "mlp", "--batch-size", "400"])
     except SystemExit as exit:
         ended = exit.code
+    finally:
+        assert signal.signal(signal.SIGHUP, hangup) is signal.SIG_DFL
     assert ended == status
     assert list(tmp_path.iterdir()) == []
     assert signal.getsignal(signal.SIGTERM) is before

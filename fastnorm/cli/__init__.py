@@ -108,7 +108,10 @@ class _Interrupt(KeyboardInterrupt):
 
 @contextmanager
 def _termination_unwinds() -> Iterator[None]:
-    """Lets SIGTERM leave through every `finally`, as Ctrl-C does: nothing half-written stays."""
+    """Lets SIGTERM leave through every `finally`, as Ctrl-C does: nothing half-written stays.
+
+    And SIGHUP, of a terminal that was closed, unless it is ignored, as under nohup.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
@@ -120,6 +123,9 @@ def _termination_unwinds() -> Iterator[None]:
         yield  # only the main thread may set handlers
         return
     before = {signal.SIGTERM: signal.signal(signal.SIGTERM, leave)}
+    hangup = getattr(signal, "SIGHUP", None)  # Windows has none
+    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
+        before[hangup] = signal.signal(hangup, leave)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else somebody's own
         before[signal.SIGINT] = signal.signal(signal.SIGINT, interrupt)
     try:
