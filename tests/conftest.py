@@ -9,6 +9,7 @@ import importlib.util
 import inspect
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,6 +54,12 @@ if INTERPRETED:
     # replaced by its own, and the lists would lack the true ones.
     torch._dynamo.trace_rules.get_torch_obj_rule_map()
     torch.utils._device._device_constructors()
+
+
+def pytest_configure() -> None:
+    """A shell's background job ignores Ctrl-C, and so would what the tests start and interrupt."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_report_header() -> str | None:
