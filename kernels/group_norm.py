@@ -80,7 +80,7 @@ def _shared(view: ChannelView, num_groups: int, itemsize: int, device: Device) -
         (view.N * plan.channel_blocks * plan.programs,),
         (plan.programs, plan.tiles, plan.share),
         plan.share * plan.block_s,
-        tile_of(plan) | {"COLUMNS": view.columns, "LEAD": plan.lead, "FULL": plan.full},
+        tile_of(plan) | {"COLUMNS": view.columns, "LEAD": plan.lead},
         (cdiv(view.N * num_groups, GROUP_MERGE_GROUPS),),
         merge,
     )

@@ -197,19 +197,19 @@ def group_norm_bwd_reduce_kernel(
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-    LEAD: tl.constexpr, FULL: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     p, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    c, cmask = channels_of(block, C, BLOCK_C, FULL)
+    c, cmask = channels_of(block, C, BLOCK_C)
     r = n.to(tl.int64) * G + c.to(tl.int32) // K
     mean, rest, rstd = load_stats(stats_ptr, r, cmask, N * G)
     w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     dw, db = gradient_sums_of_tiles(
         dy_ptr, x_ptr, y_ptr, residual_ptr, None, dz_ptr,
         first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
-        ACT_GRAD, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD, FULL,
+        ACT_GRAD, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD,
     )  # fmt: skip
     if partial_ptr is not None:
         at = (p * N + n) * C + c
@@ -251,12 +251,12 @@ def group_norm_bwd_apply_kernel(
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT_GRAD: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-    LEAD: tl.constexpr, FULL: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     _, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    c, cmask = channels_of(block, C, BLOCK_C, FULL)
+    c, cmask = channels_of(block, C, BLOCK_C)
     r = n.to(tl.int64) * G + c.to(tl.int32) // K
     mean, rest, rstd = load_stats(stats_ptr, r, cmask, N * G)
     w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
@@ -265,5 +265,5 @@ def group_norm_bwd_apply_kernel(
     input_gradient_of_tiles(
         dy_ptr, x_ptr, None, None, dx_ptr, None,
         first, last, c, cmask, mean, rest, rstd, w, b, w, rstd, slope, shift, N, C, S,
-        ACT_GRAD, 1, BLOCK_S, COLUMNS, LEAD, FULL,
+        ACT_GRAD, 1, BLOCK_S, COLUMNS, LEAD,
     )  # fmt: skip

@@ -161,16 +161,15 @@ def group_norm_fwd_moments_kernel(
     N, C, S, P, tiles, tiles_per_program,
     BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-    LEAD: tl.constexpr, FULL: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = partial_ptr.dtype.element_ty
     p, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    c, cmask = channels_of(block, C, BLOCK_C, FULL)
+    c, cmask = channels_of(block, C, BLOCK_C)
     _, mean, rest, std = moments_of_tiles(
-        x_ptr, first, last, c, cmask, N, C, S, ACC,
-        1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD, FULL,
-    )  # fmt: skip
+        x_ptr, first, last, c, cmask, N, C, S, ACC, 1, BLOCK_S, BLOCK_C, FOLD, RUN, COLUMNS, LEAD
+    )
     at = (p * N + n) * C + c
     tl.store(partial_ptr + at, mean, mask=cmask)
     tl.store(partial_ptr + P * N * C + at, rest, mask=cmask)
@@ -220,19 +219,19 @@ def group_norm_fwd_apply_kernel(
     N, C, S, G, K, P, tiles, tiles_per_program,
     ACT: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, ALIGN: tl.constexpr, COLUMNS: tl.constexpr,
-    LEAD: tl.constexpr, FULL: tl.constexpr,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = stats_ptr.dtype.element_ty
     _, n, block, first, last = share_of_sample(N, P, tiles, tiles_per_program)
     N, C, S = wide_sizes(N, C, S, ALIGN, COLUMNS)
-    c, cmask = channels_of(block, C, BLOCK_C, FULL)
+    c, cmask = channels_of(block, C, BLOCK_C)
     # in int32: a 64-bit division is a function call on a GPU
     r = n.to(tl.int64) * G + c.to(tl.int32) // K
     mean, rest, rstd = load_stats(stats_ptr, r, cmask, N * G)
     w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
-        ACT, 1, BLOCK_S, COLUMNS, LEAD, FULL,
+        ACT, 1, BLOCK_S, COLUMNS, LEAD,
     )  # fmt: skip
 
 

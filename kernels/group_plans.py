@@ -38,7 +38,6 @@ class GroupPlan:
     run: int  # runs of so many neighbours
     align: int  # elements: contiguous runs are a multiple of it
     lead: int  # elements of a vector, where rows begin within one (see device/tiles.py); or 1
-    full: bool  # channels are innermost, programs share a sample, and no tile reaches beyond it
     options: dict[str, int]  # of the compiler
     tiles: int  # of the positions of a sample
     channel_blocks: int
@@ -96,10 +95,7 @@ def group_plan(
         block_c = min(power_of_two(C), elements // block_s, GROUP_LANES)
         channel_blocks = cdiv(C, block_c)
         shared, others = cdiv(S, block_s), N * channel_blocks
-    shared_columns = columns and not whole
-    full = shared_columns and C % block_c == S % block_s == 0
-    masked = shared_columns and not full  # which want registers of a thread, too
-    share = split(shared, others, programs_together(masked), device)
+    share = split(shared, others, programs_together(columns and not whole), device)
     lanes = block_n * block_c
     num_warps = min(max(4 * lanes * block_s // elements, lanes // 256, 1), 4)
     return GroupPlan(
@@ -107,7 +103,6 @@ def group_plan(
         *fold_of(block_s, lanes, align, num_warps, columns),
         align,
         1,
-        full,
         {"num_warps": num_warps},
         cdiv(S, block_s),
         channel_blocks,
@@ -124,7 +119,6 @@ def _led_plan(C: int, S: int, led: LedRows, itemsize: int, device: Device) -> Gr
         *fold_of(block_s, 1, lead, num_warps, False),
         divisor_class(S, itemsize),
         lead,
-        False,
         resident(num_warps, LED_WARPS, itemsize, device),
         tiles,
         C,

@@ -152,13 +152,11 @@ def option_cases() -> Iterator[Case]:
 def sweeps(compiled: Callable[[Sequence[Case]], int]) -> Sweeps:
     """What may differ: one program a group or several (two sets of kernels), the power of two that
     divides the contiguous axis, up to 8 (four classes), the powers of two that cover the channels
-    of a group or the positions of a sample, where a tile holds several, whether long groups are few
-    or many (two forwards), and whether tiles of channels_last end with the sample, where programs
-    share it: then what loads them needs no masks, which take a third of its instructions.
+    of a group or the positions of a sample, where a tile holds several, and whether long groups are
+    few or many (two forwards).
     """
     block = GroupNormCase("sweep", (8, 320, 32, 32), activation="silu")
     small = replace(block, shape=(8, 320, 8, 8))
-    masked = 4  # moments, sums, and what is applied each way
     whole, split = compiled([block]), compiled([replace(block, shape=(2, 320, 64, 64))])
     batches = [1, 2, 3, 8, 16, 17, 31, 64, 100, 128]
     sides = [64, 68, 72, 76, 80, 84, 88, 96, 100, 112, 120, 128, 256, 512]
@@ -182,7 +180,7 @@ def sweeps(compiled: Callable[[Sequence[Case]], int]) -> Sweeps:
                     replace(block, shape=(2, 320, s, s), layout="channels_last")
                     for s in [*sides, *odd]
                 ],
-                split + masked,
+                split,
             ),
             # 32 groups of 40 to 64 channels take as many lanes
             "channels, NCHW, small": (

@@ -2,8 +2,8 @@
 
 torch multiplies matrices with MKL, and convolves with oneDNN. Of AMD's AVX-512, from Zen 5 on half
 of what a core can do, MKL makes no use; oneDNN does. There rows are given to it as the positions of
-a convolution: (2048, 1024) by (1024, 1024) takes 9 ms instead of 20 on two cores of an EPYC of that
-kind, forward and backward 31 instead of 62.
+a convolution: by bench/bench_linear_batch_norm.py, on two cores of an EPYC of that kind, a linear
+layer of 4096 rows, 256 to 1024, with batch norm and ReLU takes half the time, both ways.
 """
 
 import functools

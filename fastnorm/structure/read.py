@@ -57,9 +57,8 @@ class Structure:
 def read(model: nn.Module) -> Structure:
     """What follows what in `model`; nothing runs but its forward, on placeholders.
 
-    The model is left as it was, whatever that forward sets or counts.
-
-    And, on a few numbers, the forward of modules that may be activations: see `behaviour`.
+    And, on a few numbers, the forward of modules that may be activations: see `behaviour`. The
+    model is left as it was, whatever they set or count.
     """
     prefix = layers.wrapped(model)
     if prefix:

@@ -43,10 +43,9 @@ def wide_sizes(N, C, S, ALIGN: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def channels_of(block, C, BLOCK_C: tl.constexpr, FULL: tl.constexpr = False):
-    """(c, inside). FULL: no block reaches beyond C, as the compiler can see."""
+def channels_of(block, C, BLOCK_C: tl.constexpr):
     c = block.to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
-    return c, tl.full(c.shape, 1, tl.int1) if FULL else c < C
+    return c, c < C
 
 
 @triton.jit
@@ -196,14 +195,14 @@ def moments_of_tiles(
 def normalize_tiles(
     x_ptr, residual_ptr, y_ptr, first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
     ACT: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
-    LEAD: tl.constexpr, FULL: tl.constexpr = False,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     """y of the tiles, last tile first: what was read before is still in the cache."""
     ACC: tl.constexpr = mean.dtype
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     for i in tl.range(first, last, num_stages=STAGES):
         at, mask, read, rmask = places_of_tile(
-            first + last - 1 - i, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD, FULL
+            first + last - 1 - i, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD
         )
         x = load_as(x_ptr, read, rmask, ACC)
         z = ((x - mean[None, :]) - rest[None, :]) * rstd[None, :] * w[None, :] + b[None, :]
@@ -241,7 +240,6 @@ def gradient_sums_of_tiles(
     first, last, c, cmask, mean, rest, rstd, w, b, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
     FOLD: tl.constexpr, RUN: tl.constexpr, COLUMNS: tl.constexpr, LEAD: tl.constexpr,
-    FULL: tl.constexpr = False,
 ):  # fmt: skip
     """(Σ dz·x̂, Σ dz) of each channel over the tiles; stores dz, and dx of fixed statistics."""
     ACC: tl.constexpr = mean.dtype
@@ -251,7 +249,7 @@ def gradient_sums_of_tiles(
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     for tile in tl.range(first, last, num_stages=STAGES):
         at, mask, read, rmask = places_of_tile(
-            tile, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD, FULL
+            tile, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD
         )
         xhat, dz = load_xhat_dz(
             dy_ptr, x_ptr, y_ptr, residual_ptr, read, rmask, mask,
@@ -269,7 +267,7 @@ def input_gradient_of_tiles(
     dy_ptr, x_ptr, y_ptr, residual_ptr, dx_ptr, dz_ptr,
     first, last, c, cmask, mean, rest, rstd, w, b, inner, outer, slope, shift, N, C, S,
     ACT_GRAD: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, COLUMNS: tl.constexpr,
-    LEAD: tl.constexpr, FULL: tl.constexpr = False,
+    LEAD: tl.constexpr,
 ):  # fmt: skip
     """dx = (inner·dz − shift − x̂·slope)·outer of the tiles, last tile first.
 
@@ -279,7 +277,7 @@ def input_gradient_of_tiles(
     lane = tl.arange(0, BLOCK_N * BLOCK_S)
     for i in tl.range(first, last, num_stages=STAGES):
         at, mask, read, rmask = places_of_tile(
-            first + last - 1 - i, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD, FULL
+            first + last - 1 - i, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD
         )
         xhat, dz = load_xhat_dz(
             dy_ptr, x_ptr, y_ptr, residual_ptr, read, rmask, mask,
