@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastnorm.functional as FF
 from fastnorm.bench.harness import GAUGE, compare, device_name, table, write_json
 from fastnorm.eager import native
 from fastnorm.eager.native import aten, per_channel, reduce, scale_shift
@@ -67,6 +68,15 @@ def planes_forward(x: Tensor) -> Group:
         "group_norm's moments": group_norm_moments,
         "var_mean": var_mean,
         "plain operators": plain_operators,
+    }
+
+
+def column_forward(x: Tensor) -> Group:
+    """Training forward of one channel, (N, 1): torch takes a column of vectors of one element."""
+    w, b = _parameters(x)
+    return {
+        "torch.batch_norm": lambda: F.batch_norm(x, None, None, w, b, True),
+        "as one plane *": lambda: FF.batch_norm(x, None, None, w, b, True),
     }
 
 
@@ -174,6 +184,7 @@ GROUPS: dict[str, tuple[Callable[[Tensor], Group], Callable[[], Tensor]]] = {
     "train (256, 64, 4, 4)": (planes_forward, lambda: draw(256, 64, 4, 4)),
     "train (32, 64, 112, 112)": (planes_forward, lambda: draw(32, 64, 112, 112)),
     "train (2, 32, 32, 64, 64)": (planes_forward, lambda: draw(2, 32, 32, 64, 64)),
+    "train (284057, 1)": (column_forward, lambda: draw(284057, 1)),
     "train (1024, 512)": (columns_forward, lambda: draw(1024, 512)),
     "train (8192, 1024)": (columns_forward, lambda: draw(8192, 1024)),
     "train (8, 64, 56, 56) cl": (columns_forward, lambda: draw(8, 64, 56, 56, memory_format=CL)),

@@ -10,8 +10,9 @@ The model walks one warp through its program, with the launch's number of tiles:
 takes PACE cycles; what is loaded is there LATENCY later, or FROM_CACHE where the program has loaded
 all its bytes before and the cache holds those of all that are resident; whoever reads it waits.
 What may be jumped over is, unless it moves bytes, and not only loads again what it has: it mends
-rare values. Programs that are resident together take as long as the slowest of three: that walk;
-the instructions of all their warps, one a cycle and scheduler; their bytes at a copy's speed. The
+rare values. Of two ways the longer is for tiles that reach beyond their row, and taken for as many
+as do. Programs that are resident together take as long as the slowest of three: that walk; the
+instructions of all their warps, one a cycle and scheduler; their bytes at a copy's speed. The
 multiprocessor with most programs takes one round of these after the other, the last perhaps of few.
 Share is the time of all bytes at a copy's speed, evenly spread, over that.
 
@@ -30,6 +31,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
@@ -103,10 +105,12 @@ def walk(
     trips: tuple[int, int],
     distinct: float,
     own: float = math.inf,
+    partial: float = 0.0,
 ) -> Walk:
     """Walk a program that has `own` bytes to load; trips of its inner and outer loops.
 
-    `distinct`: the bytes after which what it loads comes from the cache.
+    `distinct`: the bytes after which what it loads comes from the cache. `partial`: the share of
+    tiles that reach beyond their row.
     """
     # where tiles are loaded ahead, what is not is the parameters of all programs
     small = "LDG" if any("LDGSTS" in op for _, op, _ in code) else None
@@ -116,7 +120,7 @@ def walk(
     ready: dict[int, float] = {}  # register -> when what is loaded into it is there
     groups: list[float] = []  # of asynchronous copies: when each is there
     turns: dict[int, list[tuple[float, ...]]] = defaultdict(list)
-    now = instructions = loaded = group = 0.0
+    now = instructions = loaded = group = owed = 0.0
     i = 0
     while i < len(code):
         address, op, operands = code[i]
@@ -152,7 +156,14 @@ def walk(
         elif op.endswith("BRA") and address not in loops:
             target = index[jumps[address]]
             moved = {o.lstrip("@")[:3] for _, o, _ in code[i:target] if _moves(o)}
-            if op == "BRA" or not moved or (moved == {"LDG"} and loaded >= own):
+            jumped = op == "BRA" or not moved or (moved == {"LDG"} and loaded >= own)
+            end, last, _ = code[target - 1]
+            if op != "BRA" and not moved and last == "BRA" and jumps[end] > end:  # two ways
+                owed += partial
+                longer = target - i > index[jumps[end]] - target
+                jumped = longer != (owed >= 1.0)
+                owed -= owed >= 1.0
+            if jumped:
                 i = target
         elif address in loops:
             outer = any(loops[address] <= other < address for other in loops)
@@ -171,6 +182,14 @@ def walk(
             if op == "BRA" and code[i - 2][1] == "@EXIT":  # the loop is the program's end
                 break
     return Walk(now, instructions, loaded)
+
+
+def _partial(arguments: dict[str, Any]) -> float:
+    """The share of a launch's tiles that reach beyond their row, at its end or, led, its begin."""
+    length, block = arguments.get("S", 1), arguments.get("BLOCK_S", 1)
+    lead = arguments.get("LEAD", 1)
+    ends = 2 - 1 / lead if lead > 1 else length % block > 0
+    return min(ends / -(-(length + lead - 1) // block), 1.0)
 
 
 def _target(operands: str) -> int:
@@ -218,7 +237,7 @@ def flight(case: Case, launched: Recorded) -> Flight | None:
     cached = resident * MULTIPROCESSORS * read / grid < CACHE
     own = read / grid
     try:
-        one = walk(sass, 32 * warps, trips, own if cached else math.inf, own)
+        one = walk(sass, 32 * warps, trips, own if cached else math.inf, own, _partial(arguments))
     except RuntimeError as error:
         raise RuntimeError(f"{launched.name}, {case}: {error}") from error
     again = 1 if cached else max(int(one.loaded * grid / read), 1)  # but for lanes outside

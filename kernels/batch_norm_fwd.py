@@ -19,9 +19,8 @@ from fastnorm.kernels.device.moments import (
     merge_partials,
     merge_two,
     pivot_of,
-    reciprocal,
     rstd_of,
-    sqrt,
+    rstd_of_var,
     two_sum,
 )
 from fastnorm.kernels.device.tiles import load_as, store_cast
@@ -49,7 +48,7 @@ def move_statistics(
 
 @triton.jit
 def save_stats(mean, rest, std, eps, c, cmask, C, stats_ptr):
-    rstd = rstd_of(std, tl.full((), eps, std.dtype))
+    rstd = rstd_of(std, eps)
     tl.store(stats_ptr + c, mean, mask=cmask)
     tl.store(stats_ptr + C + c, rest, mask=cmask)
     tl.store(stats_ptr + 2 * C + c, rstd, mask=cmask)
@@ -216,7 +215,7 @@ def batch_norm_fwd_apply_kernel(
         mean = load_as(running_mean_ptr, c, inside, ACC)
         rest = tl.zeros((BLOCK_C,), ACC)
         var = tl.load(running_var_ptr + c, mask=inside, other=1.0).to(ACC)
-        rstd = reciprocal(sqrt(var + tl.full((), eps, ACC)))
+        rstd = rstd_of_var(var, 1.0, eps)
         if p == 0:
             own = inside if CHANNELS == BLOCK_C else inside & (j == c * S)
             tl.store(stats_ptr + c, mean, mask=own)

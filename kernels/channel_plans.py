@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from fastnorm.kernels.devices import Device
 from fastnorm.kernels.launch import (
-    LED_WARPS,
+    LED_PROGRAMS,
     PROGRAMS_PER_MULTIPROCESSOR,
     SECTOR,
     TILE_BYTES,
@@ -82,7 +82,7 @@ def channel_plan(
     if planes:
         return _plane_plan(N, C, S, planes, itemsize, device)
     led = None if columns else led_rows(C, S, itemsize)
-    if led and (led.tiles == 1 or PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors <= N * C):
+    if led and (led.short or PROGRAMS_PER_MULTIPROCESSOR * device.multiprocessors <= N * C):
         return _led_plan(N, C, S, led, itemsize, device)
     align = divisor_class(C if columns else S, itemsize)
     elements = TILE_BYTES // itemsize
@@ -159,16 +159,16 @@ def _plane_plan(N: int, C: int, S: int, planes: int, itemsize: int, device: Devi
 
 def _led_plan(N: int, C: int, S: int, led: LedRows, itemsize: int, device: Device) -> ChannelPlan:
     """The plan where rows begin within vectors: each is in tiles of its own."""
-    lead, block_s, across, num_warps = led
+    lead, block_s, across = led
     rows = N
     if N * S * itemsize > WHOLE_BYTES:  # whole ones: then all channels' shares are of one count
-        rows = cdiv(split(N * across, C, LED_WARPS // num_warps, device), across)
+        rows = cdiv(split(N * across, C, LED_PROGRAMS, device), across)
     return ChannelPlan(
         1, block_s, 1, 1, False,
-        *fold_of(block_s, 1, lead, num_warps, False),
+        *fold_of(block_s, 1, lead, 1, False),
         divisor_class(S, itemsize),
         lead,
-        resident(num_warps, LED_WARPS, itemsize, device),
+        resident(1, LED_PROGRAMS, itemsize, device),
         N * across,
         cdiv(N, rows),
         rows * across,

@@ -41,14 +41,12 @@ from fastnorm.kernels.launch import GROUP_SIZES
 
 
 @triton.jit
-def save_statistics(mean, rest, std, eps, r, mask, R, stats_ptr, std_ptr):
-    """Store the statistics of groups r of R; returns rstd."""
-    rstd = rstd_of(std, tl.full((), eps, std.dtype))
+def save_statistics(mean, rest, std, rstd, r, mask, R, stats_ptr, std_ptr):
+    """Store the statistics of groups r of R."""
     tl.store(stats_ptr + r, mean, mask=mask)
     tl.store(stats_ptr + R + r, rest, mask=mask)
     tl.store(stats_ptr + 2 * R + r, rstd, mask=mask)
     store_cast(std_ptr, r, std, mask)
-    return rstd
 
 
 # One program owns BLOCK_C // BLOCK_K groups of BLOCK_N samples, channels innermost.
@@ -76,7 +74,8 @@ def group_norm_fwd_kernel(
     )
     mean, rest, std = moments_of_groups(mean, rest, std, K, BLOCK_K)
     speaks = mask & (tl.arange(0, BLOCK_N * BLOCK_C) % BLOCK_K == 0)
-    rstd = save_statistics(mean, rest, std, eps, n * G + g, speaks, N * G, stats_ptr, std_ptr)
+    rstd = rstd_of(std, eps)
+    save_statistics(mean, rest, std, rstd, n * G + g, speaks, N * G, stats_ptr, std_ptr)
     w, b = load_affine(w_ptr, b_ptr, c, cmask, ACC)
     normalize_tiles(
         x_ptr, residual_ptr, y_ptr, 0, tiles, at, mask, mean, rest, rstd, w, b, 1, C, S,
@@ -108,9 +107,9 @@ def group_norm_fwd_rows_kernel(
     for tile in tl.range(first, tl.minimum(first + tiles_per_program, tiles), num_stages=STAGES):
         row, rmask, at, mask = rows_of_runs(tile, g, N, G, L, col, inside, BLOCK_M, BLOCK_G)
         x = load_as(x_ptr, at, mask, ACC)
-        mean, rest, std, d = row_moments(x, inside[None, :], L.to(ACC), True)
+        mean, rest, std, rstd, d = row_moments(x, inside[None, :], L.to(ACC), eps, True)
         rest = finite_or_zero(rest)  # an infinite mean stays infinite, as a running mean shows
-        rstd = save_statistics(mean, rest, std, eps, row, rmask, R, stats_ptr, std_ptr)
+        save_statistics(mean, rest, std, rstd, row, rmask, R, stats_ptr, std_ptr)
         z = d * rstd[:, None] * repeat(w, WITHIN) + repeat(b, WITHIN)
         if residual_ptr is not None:
             z += load_as(residual_ptr, at, mask, ACC)
@@ -137,7 +136,8 @@ def group_norm_fwd_run_kernel(
         x_ptr + start, None, None, 0, tiles, L, ACC, True, FULL, BLOCK_N, FOLD, RUN, STAGES
     )
     rest = finite_or_zero(rest)  # an infinite mean stays infinite, as a running mean shows
-    rstd = save_statistics(mean, rest, std, eps, row, row < R, R, stats_ptr, std_ptr)
+    rstd = rstd_of(std, eps)
+    save_statistics(mean, rest, std, rstd, row, row < R, R, stats_ptr, std_ptr)
     for i in tl.range(0, tiles, num_stages=STAGES):
         tile = tiles - 1 - i  # what was read before is still in the cache
         col, inside = columns_of(tile, L, BLOCK_N, FULL)
@@ -208,7 +208,7 @@ def group_norm_fwd_finalize_kernel(
         count_b, mean_b, std_b = merge_partials(count_p[:, None], mean_p, std_p)
         count, mean, std = merge_two(count, mean, std, count_b, mean_b, std_b)
     mean, rest = two_sum(base, mean)
-    save_statistics(mean, rest, std, eps, r, rmask, R, stats_ptr, std_ptr)
+    save_statistics(mean, rest, std, rstd_of(std, eps), r, rmask, R, stats_ptr, std_ptr)
 
 
 # One program owns the tiles of BLOCK_C channels that it reduced before.

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from fastnorm.kernels.devices import Device
 from fastnorm.kernels.launch import (
-    LED_WARPS,
+    LED_PROGRAMS,
     SECTOR,
     TILE_BYTES,
     WHOLE_BYTES,
@@ -65,7 +65,7 @@ def group_plan(
     Nothing that is compiled depends on N: a last batch of another size brings no new kernel.
     """
     led = None if columns else led_rows(C, S, itemsize)
-    if led and (led.tiles == 1 or device.multiprocessors <= 2 * C):  # enough of each sample
+    if led and (led.short or device.multiprocessors <= 2 * C):  # enough of each sample
         return _led_plan(C, S, led, itemsize, device)
     elements = TILE_BYTES // itemsize
     sector = max(SECTOR // itemsize, 1)  # the fewest channels whose loads waste nothing
@@ -113,13 +113,13 @@ def group_plan(
 
 def _led_plan(C: int, S: int, led: LedRows, itemsize: int, device: Device) -> GroupPlan:
     """The plan where rows begin within vectors: a program has one."""
-    lead, block_s, tiles, num_warps = led
+    lead, block_s, tiles = led
     return GroupPlan(
         False, 1, 1, 1, block_s,
-        *fold_of(block_s, 1, lead, num_warps, False),
+        *fold_of(block_s, 1, lead, 1, False),
         divisor_class(S, itemsize),
         lead,
-        resident(num_warps, LED_WARPS, itemsize, device),
+        resident(1, LED_PROGRAMS, itemsize, device),
         tiles,
         C,
         1,

@@ -105,7 +105,7 @@ def fold_of(
     return max(lanes // threads, run, min(lanes, 4)), run
 
 
-LED_WARPS = 20  # of a multiprocessor, each with 512 elements of such rows or fewer
+LED_PROGRAMS = 20  # of a multiprocessor, a warp each, with such rows in tiles of 512 or fewer
 
 
 class LedRows(NamedTuple):
@@ -114,7 +114,11 @@ class LedRows(NamedTuple):
     lead: int  # elements of a vector
     block_s: int
     tiles: int  # of a row
-    num_warps: int
+
+    @property
+    def short(self) -> bool:
+        """Whether a row is little enough for a program, however few rows there are."""
+        return self.tiles <= 4
 
 
 def led_rows(C: int, S: int, itemsize: int) -> LedRows | None:
@@ -124,12 +128,12 @@ def led_rows(C: int, S: int, itemsize: int) -> LedRows | None:
     """
     lead = 16 // itemsize
     narrow = divisor_class(S, itemsize) * itemsize < 4 and lead <= S
-    elements = TILE_BYTES // itemsize // 2  # masks, one an element, want registers too
-    block_s = min(power_of_two(S + lead - 1), elements)
+    # a warp's, half as many a thread as elsewhere: masks, one an element, want registers too
+    block_s = min(power_of_two(S + lead - 1), TILE_BYTES // itemsize // 8)
     tiles = cdiv(S, block_s)
     if not narrow or divisor_class(C * S, itemsize) < lead or tiles * block_s < S + lead - 1:
         return None
-    return LedRows(lead, block_s, tiles, max(4 * block_s // elements, 1))
+    return LedRows(lead, block_s, tiles)
 
 
 def programs_together(columns: bool) -> int:

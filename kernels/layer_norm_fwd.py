@@ -53,8 +53,7 @@ def layer_norm_fwd_kernel(
             sum_ptr, mask, ACC,
         )  # fmt: skip
         store_cast(sum_ptr, at, x, mask)
-        mean, rest, std, d = row_moments(x, inside[None, :], N.to(ACC), CENTER)
-        rstd = rstd_of(std, tl.full((), eps, ACC))
+        mean, rest, _, rstd, d = row_moments(x, inside[None, :], N.to(ACC), eps, CENTER)
         store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
         xhat = d * rstd[:, None]
         if KEEP:
@@ -102,7 +101,7 @@ def layer_norm_fwd_loop_kernel(
     _, mean, rest, std = moments_of_row(
         x_ptr, residual_ptr, sum_ptr, 0, tiles, N, ACC, CENTER, FULL, BLOCK_N, 1
     )
-    rstd = rstd_of(std, tl.full((), eps, ACC))
+    rstd = rstd_of(std, eps)
     store_row_stats(stats_ptr, row, rmask, M, mean, rest, rstd, CENTER)
     normalize_row(
         x_ptr, residual_ptr, sum_ptr, w_ptr, b_ptr, y_ptr + r * N, 0, tiles, N, mean, rest, rstd,
@@ -172,7 +171,7 @@ def layer_norm_fwd_apply_kernel(
     row, rmask = rows_of(pid // P, M, 1)
     r, p = (pid // P).to(tl.int64), pid % P
     mean, rest, std = merged_moments(partial_ptr, r, M, P, ACC, BLOCK_P)
-    rstd = rstd_of(std, tl.full((), eps, ACC))
+    rstd = rstd_of(std, eps)
     store_row_stats(stats_ptr, row, rmask & (p == 0), M, mean, rest, rstd, CENTER)
     first = p * tiles_per_program
     normalize_row(

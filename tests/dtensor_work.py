@@ -1,4 +1,4 @@
-"""Layer norms of sequences that processes share, parameters replicated (see ranks.py)."""
+"""Norms of what processes share, sequences or samples, parameters replicated (see ranks.py)."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ NORMS = {
     "RMSNorm": lambda: fastnorm.RMSNorm(6),
     "AddLayerNorm": lambda: fastnorm.AddLayerNorm(6),
     "AddRMSNorm": lambda: fastnorm.AddRMSNorm(6, activation="silu"),
+    "InstanceNorm1d": lambda: fastnorm.InstanceNorm1d(7, affine=True),
 }
 DTYPES = (torch.float32, torch.bfloat16)
 
@@ -24,7 +25,7 @@ def made(name: str, dtype: torch.dtype) -> nn.Module:
     norm = NORMS[name]()
     generator = torch.Generator().manual_seed(0)
     for parameter in norm.parameters():
-        parameter.data = torch.randn(6, generator=generator).to(dtype)
+        parameter.data = torch.randn(parameter.shape, generator=generator).to(dtype)
     return norm
 
 
@@ -47,18 +48,22 @@ def results(rank: int, processes: int) -> dict[Any, dict[str, Tensor]]:
 
 def _sequence_parallel(name: str, dtype: torch.dtype, mesh: Any) -> dict[str, Tensor]:
     norm = made(name, dtype)
-    x, residual, dy, dsum = (distribute_tensor(t, mesh, [Shard(1)]) for t in tensors(dtype))
+    shared = Shard(0 if name.startswith("Instance") else 1)  # samples, or the sequence
+    x, residual, dy, dsum = (distribute_tensor(t, mesh, [shared]) for t in tensors(dtype))
     leaves = [x.requires_grad_()]
     if name.startswith("Add"):
         norm = distribute_module(norm, mesh)  # replicated
         leaves.append(residual.requires_grad_())
         outputs, grads = norm(x, residual), [dy, dsum]
+    elif name.startswith("Instance"):
+        norm = distribute_module(norm, mesh)
+        outputs, grads = [norm(x)], [dy]
     else:
         norm = parallelize_module(norm, mesh, SequenceParallel())
         outputs, grads = [norm(x)], [dy]
     for output in outputs:
         assert isinstance(output, DTensor)
-        assert output.placements == (Shard(1),), "no redistribution"
+        assert output.placements == (shared,), "no redistribution"
     parameters = dict(norm.named_parameters())
     gradients = torch.autograd.grad(outputs, [*leaves, *parameters.values()], grads)
     names = [*("x", "residual")[: len(leaves)], *parameters]

@@ -209,3 +209,15 @@ def test_bad_arguments(capsys):
     out, err = capsys.readouterr()
     assert out == ""
     assert err == "fastnorm doctor: argument --all: unknown (allowed: none)\n"
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["--help"]])
+def test_a_reader_that_has_seen_enough(words):
+    """As `| head -1` is: no traceback, and the status of a program that SIGPIPE ended."""
+    program = subprocess.Popen(
+        [sys.executable, "-c", "import fastnorm.cli as c; raise SystemExit(c.main())", *words],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True,
+    )  # fmt: skip
+    program.stdout.close()
+    assert (program.stderr.read(), program.wait()) == ("", 141)
+    program.stderr.close()

@@ -231,6 +231,25 @@ except RuntimeError as error:
     assert python("-c", script) == "the walk does not end"
 
 
+def test_flight_takes_the_longer_way_for_tiles_that_reach_beyond_their_row():
+    script = """
+from flight import walk
+
+def instructions(partial, *ways):
+    first, second = ([("FADD", "R8, R8, R8")] * count for count in ways)
+    lines = [("@BRA", hex(16 * (len(first) + 2))), *first]
+    lines += [("BRA", hex(16 * (len(lines) + 1 + len(second)))), *second]
+    lines += [("@BRA", "0x0"), ("EXIT", "")]
+    code = [(16 * i, *line) for i, line in enumerate(lines)]
+    return walk(code, 128, (8, 1), float("inf"), partial=partial).instructions
+
+for partial, long in ((0.0, 0), (0.25, 2), (1.0, 8)):
+    assert instructions(partial, 5, 2) == 1 + 8 * 2 + 8 * 2 + long * (5 + 1 - 2)
+    assert instructions(partial, 2, 5) == 1 + 8 * 2 + 8 * 3 + long * (5 - 1 - 2)
+"""
+    python("-c", script)
+
+
 def test_sizes_do_not_recompile():
     """Batch and image sizes share code, but for the classes that `sweeps` of each family names."""
     counts = json.loads(run("specialisations.py"))

@@ -485,3 +485,21 @@ def test_export(backend, case, training):
                 torch.testing.assert_close(buffer, buffers[name])
         decomposed = program.run_decompositions({}).module()
         torch.testing.assert_close(decomposed(*others), copy.deepcopy(module)(*others))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_export_names_the_layers(fused):
+    """By the modules' names a quantizer finds what is a convolution and what its batch norm."""
+    if fused:
+        layers = torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+        model = fastnorm.fuse(torch.nn.Sequential(*layers))
+    else:
+        model = torch.nn.Sequential(fastnorm.Conv2dBatchNorm(3, 4, 3))
+    program = torch.export.export(model.eval(), (torch.randn(2, 3, 5, 5),))
+    owners = [
+        next(reversed(node.meta["nn_module_stack"].values()))[0]
+        for node in program.graph.nodes
+        if node.op == "call_function"
+    ]
+    parts = ["0", "1", "2"] if fused else ["0.conv", "0.norm", "0.norm"]
+    assert owners == parts

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
+import fastnorm
 from fastnorm.eager import batch_norm_cpu, native
 from fastnorm.eager.activations import ACTIVATIONS
 
@@ -77,6 +78,8 @@ LAYOUTS = [
     ((3, 1, 4, 4), CL),  # contiguous and channels_last at once
     ((7, 4, 1, 1), CL),
     ((1, 3, 8), CONTIGUOUS),
+    ((40, 1), CONTIGUOUS),  # one channel, a plane to us
+    ((40, 1, 2), CONTIGUOUS),
 ]
 
 
@@ -92,6 +95,29 @@ def test_equals_the_composition(way, activation, with_residual, shape, memory_fo
     want = everything(composition, x, dy, **options)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
     assert got[0].stride() == want[0].stride()
+
+
+def test_one_channel_is_a_plane(planes, monkeypatch):
+    """Also a column of a table, with or without activation and gradients."""
+    seen = []
+    inner = native._planes
+
+    def spy(x, mean):
+        seen.append(tuple(x.shape))
+        return inner(x, mean)
+
+    monkeypatch.setattr(native, "_planes", spy)
+    table = draw(300, 3)
+    for x in (table[:, 1:2], table[:, :1].contiguous(), draw(300, 1, 1).transpose(1, 2)):
+        for activation in ("identity", "relu", "tanh"):
+            module = fastnorm.BatchNorm1d(1, activation=activation, dtype=torch.float64)
+            y = module(x)
+            want = torch.nn.BatchNorm1d(1, dtype=torch.float64)(x)
+            if activation != "identity":
+                want = getattr(torch, activation)(want)
+            torch.testing.assert_close(y, want)
+            assert y.is_contiguous()
+    assert seen == [(1, 1, 300)] * 9
 
 
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])

@@ -94,6 +94,8 @@ def test_instructions_on_floats(instruction, expected):
     ("instruction", "expected"),
     [
         ("add.s32 %r4, %r3, 2147483647", lambda x: x + 2**31 - 1),
+        ("add.s16x2 %r4, %r3, %r3",
+         lambda x: (2 * (x >> 16) % 2**16 << 16) + 2 * (x % 2**16) % 2**16),
         ("mul.lo.s32 %r4, %r3, 12345", lambda x: x * 12345),
         ("div.s32 %r4, %r3, 7", lambda x: np.trunc(x / 7).astype(np.int64)),  # C's, not Python's
         ("rem.s32 %r4, %r3, 7", np.vectorize(lambda x: int(np.fmod(x, 7)))),

@@ -715,3 +715,9 @@ def test_architectures(name, fused_calls):
     norms = sum(isinstance(one, nn.modules.batchnorm._BatchNorm | nn.GroupNorm)
                 for one in ours.modules())  # fmt: skip
     assert table.count("fastnorm, fused") == norms, table
+
+
+def test_summary_of_a_copy():
+    """A copy makes its plans at its first call, and is asked before."""
+    model = fastnorm.fuse(nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU()))
+    assert fastnorm.summary(copy.deepcopy(model)) == fastnorm.summary(model)

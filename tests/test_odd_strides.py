@@ -4,6 +4,9 @@
 and its batch norm's gradient in evaluation is wrong.
 """
 
+import copy
+import itertools
+
 import pytest
 import torch
 from cases import assert_close
@@ -51,3 +54,30 @@ def test_matches_the_same_numbers_in_order(backend, name, norm, activation, trai
     wanted = run(x.double().contiguous(), module.double())
     for got, want in zip(found, wanted, strict=True):
         assert_close(got, want, x.numel(), roundings=4)
+
+
+def laid_out(t, order):
+    """The same numbers, its axes in memory in this order."""
+    return t.permute(order).contiguous().permute([order.index(i) for i in range(t.dim())])
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("shape", [(1, 6, 8, 9), (3, 6, 1, 5), (3, 6, 5, 1), (1, 6, 1, 5)])
+def test_gradients_of_any_layout_meet_inputs_of_any(shape, norm, training):
+    """As from a transpose behind the norm: torch's batch norm reads dy as its strides suggest."""
+    module = NORMS[norm](2).train(training)
+    for t in module.parameters():
+        torch.nn.init.normal_(t)
+    x, dy = torch.randn(2, *shape)
+
+    def run(x, module, dy):
+        leaves = [x.detach().requires_grad_(), *module.parameters()]
+        return torch.autograd.grad(module(leaves[0]), leaves, dy)
+
+    wanted = run(x.double(), copy.deepcopy(module).double(), dy.double())
+    orders = list(itertools.permutations(range(4)))
+    for order, of_dy in itertools.product(orders[::3], orders):
+        found = run(laid_out(x, order), module, laid_out(dy, of_dy))
+        for got, want in zip(found, wanted, strict=True):
+            assert_close(got, want, x.numel(), roundings=4)

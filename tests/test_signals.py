@@ -653,6 +653,14 @@ def test_redundant_bias(bias):
     assert found(seen, "redundant bias") == (["0"] if bias else [])
 
 
+def test_a_bias_before_fixed_statistics_is_not_redundant():
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU())
+    model[1].eval()
+    assert found(recorded(model, torch.randn(64, 4)), "redundant bias") == []
+    model[1] = nn.BatchNorm1d(8, track_running_stats=False).eval()  # has none: the batch's
+    assert found(recorded(model, torch.randn(64, 4)), "redundant bias") == ["0"]
+
+
 @pytest.mark.parametrize("between", [nn.Identity, nn.ReLU])
 def test_normalized_twice(between):
     model = nn.Sequential(nn.BatchNorm1d(8), between(), nn.LayerNorm(8))
@@ -688,6 +696,7 @@ def test_not_finite(value, backward):
     if backward:
         assert first.layer == "0"
         assert "gradient" in first.evidence
+        assert "GradScaler" in first.remedy  # whose first steps are meant to overflow
     else:
         assert first.layer == "2"
         assert "output" in first.evidence

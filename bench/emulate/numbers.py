@@ -14,7 +14,7 @@ PLAIN = {
     "s8": np.int8, "s16": np.int16, "s32": np.int32, "s64": np.int64,
     **{f"{letter}{bits}": kind for letter in "ub" for bits, kind in UNSIGNED.items()},
 }  # fmt: skip
-PACKED = {"f16x2": "f16", "bf16x2": "bf16"}
+PACKED = {"f16x2": "f16", "bf16x2": "bf16", "s16x2": "s16", "u16x2": "u16"}
 POISON = 0xFFF8DEADFFC5DEAD  # what nobody has written: NaN, as any float
 
 

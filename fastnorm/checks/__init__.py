@@ -16,6 +16,7 @@ from fastnorm.checks.arguments import (
 )
 from fastnorm.checks.statistics import (
     batch_statistics,
+    group_count,
     group_statistics,
     instance_statistics,
     row_statistics,
@@ -28,6 +29,7 @@ __all__ = [
     "convolution",
     "epsilon",
     "fixed_momentum",
+    "group_count",
     "group_statistics",
     "instance_statistics",
     "linear",

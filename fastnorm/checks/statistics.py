@@ -1,7 +1,10 @@
 """What each norm asks of its arguments: shapes, sizes, dtypes, devices and modes."""
 
+import contextlib
 import math
+import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +53,16 @@ def batch_statistics(
         raise IndexError(f"batch_norm needs an input (N, C) or (N, C, *), but got {list(shape)}")
 
 
+def group_count(num_groups: Any) -> int:
+    """An int of any library, as torch takes it."""
+    if isinstance(num_groups, torch.SymInt):
+        return num_groups  # type: ignore[return-value]
+    if type(num_groups) is not bool and hasattr(num_groups, "__index__"):
+        with contextlib.suppress(TypeError):  # a tensor of floats
+            return operator.index(num_groups)
+    raise TypeError(f"num_groups must be an int, but got {type(num_groups).__name__}")
+
+
 def group_statistics(
     input: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None
 ) -> None:
@@ -60,8 +73,6 @@ def group_statistics(
             "Expected at least 2 dimensions for input tensor but received "
             f"{len(shape)}: group_norm needs (N, C) or (N, C, *)"
         )
-    if type(num_groups) is bool or not isinstance(num_groups, (int, torch.SymInt)):
-        raise TypeError(f"num_groups must be an int, but got {type(num_groups).__name__}")
     if num_groups == 0:  # torch's own way to say so
         raise ZeroDivisionError("Expected num groups to be greater than 0, got 0")
     if num_groups < 0:

@@ -45,13 +45,22 @@ COMMANDS = {
 }
 
 
+CLOSED_PIPE = 141
+"""128 + SIGPIPE, as a shell says it; Windows has no such signal."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns its status, 2 for bad arguments, 130 when interrupted."""
+    """Runs one command; returns its status, 2 for bad arguments, 130 when interrupted.
+
+    141 where nobody reads the output any more.
+    """
     arguments = list(sys.argv[1:] if argv is None else argv)
     speaker = " ".join(["fastnorm", *(word for word in arguments[:1] if word in COMMANDS)])
     try:
         with _termination_unwinds():
-            return _dispatch(arguments)
+            status = _dispatch(arguments)
+            sys.stdout.flush()
+            return status
     except UsageError as error:
         if not _speaks():
             return 2
@@ -60,6 +69,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print(f"{speaker}: interrupted, nothing was written", file=sys.stderr)
         return 128 + signal.SIGINT
+    except BrokenPipeError:  # who reads the output, as head does, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at the end
+        return CLOSED_PIPE
 
 
 def _speaks() -> bool:

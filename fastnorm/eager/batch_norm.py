@@ -5,6 +5,7 @@
 Where torch loses time on a CPU, and what is done about it:
 
 * Training of contiguous planes, long columns, and tensors from 32 MB on: batch_norm_cpu.py.
+* A column, the one channel of (N, 1), is one plane: more than 10 times as fast for 284,057 values.
 * Strided input is copied first: 3 times as fast for (64, 128, 100) stored as (N, L, C), in float32.
 * Residual and activation go in place over the output, which nobody else holds yet.
 
@@ -69,14 +70,20 @@ def batch_norm(
         or input.is_mkldnn  # which has no strides
         or input.numel() < batch_norm_cpu.SMALL
     )
+    if not plain and batch_norm_cpu.is_column(input):
+        z = batch_norm(
+            input.reshape(1, 1, -1), running_mean, running_var, weight, bias, training, momentum,
+            eps, None if residual is None else residual.reshape(1, 1, -1), activation, None,
+        )  # fmt: skip
+        return z.view(input.shape)
     if not plain:
         dense = native.is_dense(input)
         own = is_slow(input, training, eps)
         nothing_to_gain = dense and not own and residual is None and activation == "identity"
         plain = nothing_to_gain or native.observed(input)
     if plain or (residual is not None and residual.dtype is not input.dtype):
-        if cpu and not torch.compiler.is_compiling() and native.is_mistaken(input):
-            input = input.contiguous()
+        if cpu and not torch.compiler.is_compiling():
+            input = native.in_order(input)
         statistics = (running_mean, running_var, training, momentum, eps)
         z = _plain(input, weight, bias, statistics, cpu or torch.backends.cudnn.enabled)
         if residual is not None:
@@ -89,9 +96,7 @@ def batch_norm(
         own = is_slow(input, training, eps)
     inner = activation if activation in STEPS else "identity"
     if not own:
-        z = native.finish(
-            torch.batch_norm(input, weight, bias, *statistics, False), residual, inner
-        )
+        z = native.finish(native.batch_norm(input, weight, bias, *statistics), residual, inner)
     elif torch.is_grad_enabled():
         z = BatchNormFunction.apply(  # type: ignore[no-untyped-call]
             input, weight, bias, residual, inner, statistics
@@ -110,7 +115,7 @@ def _plain(
 ) -> Tensor:
     running_mean, _, training, _, eps = statistics
     if not native.transformed():
-        return torch.batch_norm(input, weight, bias, *statistics, cudnn_enabled)
+        return native.batch_norm(input, weight, bias, *statistics, cudnn_enabled)
     if not training:  # torch's rule for vmap knows but one dtype
         wide = input.to(native.WIDER.get(input.dtype, input.dtype))
         z = torch.batch_norm(wide, weight, bias, *statistics, cudnn_enabled)
@@ -156,7 +161,7 @@ def _converted(
         input, running_mean, running_var, weight, bias
     ):  # fmt: skip
         statistics = (running_mean, running_var, False, 0.0, eps)
-        return ACTIVATIONS[activation](torch.batch_norm(input, weight, bias, *statistics, False))
+        return ACTIVATIONS[activation](native.batch_norm(input, weight, bias, *statistics))
     if weight is None:
         weight = torch.ones(input.shape[1], dtype=dtype, device=input.device)
     weight = weight.to(dtype).contiguous()

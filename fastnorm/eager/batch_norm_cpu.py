@@ -47,6 +47,15 @@ def has_planes(input: Tensor, eps: float) -> bool:
     )
 
 
+def is_column(input: Tensor) -> bool:
+    """Whether there is one channel, of few positions in each of many samples: a plane to us."""
+    return (
+        input.shape[1] == 1 < input.shape[0]
+        and SMALL <= input.numel() < SHORT_PLANE * input.shape[0]
+        and not native.observed(input)
+    )
+
+
 def is_slow(input: Tensor, training: bool, eps: float) -> bool:
     """Whether `normalize` is faster than torch, or more precise."""
     return native.is_huge(input) or (training and has_planes(input, eps))

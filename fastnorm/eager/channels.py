@@ -16,7 +16,7 @@ def through_activation(
     activation: str, dy: Tensor, input: Tensor, activated: Tensor | None
 ) -> Tensor:
     """dy ∘ act′, laid out as the input; dy itself where it is that already."""
-    g = dy.contiguous(memory_format=native.memory_format(input))
+    g = native.in_order(dy).contiguous(memory_format=native.memory_format(input))
     if activated is None:
         return g
     _, act_backward, arguments = STEPS[activation]

@@ -54,6 +54,7 @@ def batch_norm(
         activation != "identity"
         or (given is not torch.float32 and given is not torch.float64)
         or not native.is_dense(input)
+        or batch_norm_cpu.is_column(input)
         or batch_norm_cpu.is_slow(input, training, eps)
     ):
         return None
@@ -71,8 +72,8 @@ def batch_norm(
     if counted is not None:
         counted.add_(1)
     try:
-        z = torch.batch_norm(
-            input, weight, bias, running_mean, running_var, training, momentum, eps, False
+        z = native.batch_norm(
+            input, weight, bias, running_mean, running_var, training, momentum, eps
         )
     except (RuntimeError, TypeError):  # it has refused an argument
         if counted is not None:

@@ -71,7 +71,7 @@ def instance_norm(
         # (as vmapped as the input is; torch loses what it should write to a vmapped view)
         mean, var = (input.new_zeros(input.shape[:2], dtype=dtype) for _ in range(2))
         statistics = mean, var
-    elif native.traced():
+    elif native.traced() or hasattr(input, "device_mesh"):
         return _recorded(input, weight, bias, eps, residual, activation)
     last = not input.is_contiguous() and channels_are_last(input)
     if (
@@ -108,7 +108,8 @@ def _recorded(
 ) -> Tensor:
     """torch's own, for TorchScript: ONNX knows it, and no group norm of as many groups as channels.
 
-    How many those are is the trace's to record, and a group norm's to know when it is exported.
+    How many those are is the trace's to record, and a group norm's to know when it is exported. And
+    for a DTensor: the rule of torch 2.13 for a group norm's gradient has an output too few.
     """
     y_dtype = torch.promote_types(input.dtype, (input if residual is None else residual).dtype)
     kept = native.kept_format(input)

@@ -71,6 +71,39 @@ def is_mistaken(input: Tensor) -> bool:
     return input.is_contiguous(memory_format=format) and suggest_memory_format(input) is not format
 
 
+def in_order(t: Tensor) -> Tensor:
+    """The same numbers, in memory where torch looks for them."""
+    return t.contiguous() if is_mistaken(t) else t
+
+
+def batch_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    training: bool,
+    momentum: float,
+    eps: float,
+    cudnn_enabled: bool = False,
+) -> Tensor:
+    """`torch.batch_norm`, whose backward gets its dy `in_order`."""
+    z = torch.batch_norm(
+        input, weight, bias, running_mean, running_var, training, momentum, eps, cudnn_enabled
+    )
+    if (
+        z.requires_grad
+        and not torch.compiler.is_compiling()
+        and z.is_cpu
+        and z.dim() > 3
+        and 1 in z.shape
+        and not observed(z)
+    ):
+        # nothing may flow there, in a second derivative
+        z.register_hook(lambda dz: dz if dz is None else in_order(dz))  # type: ignore[no-untyped-call]
+    return z
+
+
 def kept_format(input: Tensor) -> torch.memory_format:
     """That which torch gives to what it computes from `input`, dense or not."""
     if not traced():

@@ -25,6 +25,8 @@ BLOCK = 1 << 10
 """Elements of a row whose squares are added up in one go."""
 SMALL = 1 << 17
 """Elements below which torch's own operators, of the wider dtype, cost less than ours."""
+NARROW = 8
+"""Elements of a row below which they do, too: LayerNorm's backward takes a row at a time."""
 
 
 def rms_norm(
@@ -48,7 +50,7 @@ def rms_norm(
         y_dtype = native.output_dtype(input, listed=native.RMS_IS_LISTED)
         return ACTIVATIONS[activation](z).to(y_dtype)
     shape = tuple(normalized_shape)
-    if input.numel() < SMALL:
+    if input.numel() < SMALL or torch.Size(shape).numel() < NARROW:
         dtype = input.dtype
         if activation == "identity" and (weight is None or weight.dtype is dtype):
             return torch.rms_norm(input, shape, weight, eps)  # computes in the wider dtype itself
@@ -93,7 +95,7 @@ def _normalize(
     y = native.empty_like(input, memory_format=torch.contiguous_format)
     rstd = input.new_empty(x.shape[0], 1, dtype=dtype)
     for rows in _chunks(x):
-        wide, out = x[rows].to(dtype), y.view(x.shape)[rows]
+        wide, out = x[rows].to(dtype).contiguous(), y.view(x.shape)[rows]
         norm = _squares(wide, out=rstd[rows])
         norm.div_(size).add_(eps).rsqrt_()
         z = torch.mul(wide, norm, out=out if out.dtype is dtype else None)
@@ -163,9 +165,10 @@ def _gradients(
     total = rstd.new_zeros(size) if wanted[1] else None
     zero = rstd.new_zeros(min(rows_of, max(CHUNK // size, 1)), 1)
     for rows in _chunks(x):
-        wide, dz, r = x[rows].to(dtype), g[rows].to(dtype), rstd[rows]
+        wide, dz = (t[rows].to(dtype).contiguous() for t in (x, g))
+        r = rstd[rows]
         centered, dw, _ = aten.native_layer_norm_backward.default(
-            dz.contiguous(), wide.contiguous(), [size], zero[: r.shape[0]], r, w, None,
+            dz, wide, [size], zero[: r.shape[0]], r, w, None,
             [wanted[0], wanted[1], False],
         )  # fmt: skip
         if total is not None:

@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from fastnorm import functional
 from fastnorm.eager.activations import ACTIVATIONS
-from fastnorm.existing.foreign import ForeignRMSNorm
+from fastnorm.existing.foreign import ForeignGroupNorm, ForeignRMSNorm
 from fastnorm.modules.attributes import convolves_as, parameter
 from fastnorm.modules.batch_norm import _BatchNorm
 from fastnorm.modules.group_norm import GroupNorm
 from fastnorm.modules.layer_norm import LayerNorm, RMSNorm
 
 BATCH = (nn.modules.batchnorm._BatchNorm.forward, _BatchNorm.forward)
-GROUP = (nn.GroupNorm.forward, GroupNorm.forward)
+GROUP = (nn.GroupNorm.forward, GroupNorm.forward, ForeignGroupNorm.forward)
 LAYER = (nn.LayerNorm.forward, LayerNorm.forward)
 RMS = (nn.RMSNorm.forward, RMSNorm.forward, ForeignRMSNorm.forward)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -13,10 +13,10 @@ from torch.nn.modules import module as torch_module
 from fastnorm.existing import classes, patterns
 from fastnorm.existing.classes import PLANS
 from fastnorm.existing.convert import open_modules, require_open
-from fastnorm.modules.attributes import is_hooked
+from fastnorm.modules.attributes import is_exported, is_hooked
 from fastnorm.structure import layers
 from fastnorm.structure.forward import Captured, capture, is_tensors
-from fastnorm.structure.watch import SIMPLE, Guard, UntraceableError
+from fastnorm.structure.watch import ABSENT, SIMPLE, Guard, UntraceableError
 
 BAKED = ("activation", "negative_slope", "alpha", "approximate")
 """Attributes of a norm or activation that a plan has as they were."""
@@ -117,7 +117,7 @@ def _run(module: nn.Module, written: Callable[..., Any], args: Any, kwargs: Any)
     if new and not compiling and not getattr(module, "_is_replica", False):
         # a replica of nn.DataParallel has the plans of another module
         plan = plans[key] = plan_for(module, written, args, kwargs)
-    if isinstance(plan, Plan) and plan.holds():
+    if isinstance(plan, Plan) and plan.holds() and not is_exported(*inputs):
         return plan.run(module, *inputs)
     return written(module, *args, **kwargs)
 
@@ -169,6 +169,7 @@ def plan_for(module: nn.Module, written: Callable[..., Any], args: Any, kwargs: 
         for name in BAKED
         if name in part.__dict__
     ]
+    captured.guards += [Guard(part.__dict__, "attributes_changed", ABSENT) for _, _, part in parts]
     graph.rewrite()
     return Plan(_function(captured.graph.python_code("self")), captured, found, parts)
 
@@ -222,21 +223,24 @@ def _called(module: nn.Module) -> list[nn.Module]:
 def first_plans(module: nn.Module) -> dict[Any, Plan | str]:
     """Plans of the plainest call, with required arguments alone, in training and evaluation."""
     tried = []
-    for args in plain_arguments(type(module).forward):
-        tried.append(_plans_of(module, args))
+    written = classes.original_class(module).forward
+    for args in plain_arguments(written):
+        tried.append(_plans_of(module, written, args))
         if any(isinstance(plan, Plan | Nothing) for plan in tried[-1].values()):
             return tried[-1]
     return tried[0]
 
 
-def _plans_of(module: nn.Module, args: tuple[object, ...]) -> dict[Any, Plan | str]:
+def _plans_of(
+    module: nn.Module, written: Callable[..., Any], args: tuple[object, ...]
+) -> dict[Any, Plan | str]:
     plans: dict[Any, Plan | str] = {}
     was = module.training
     for training in (True, False):
         module.training = training
         try:
             key, _ = _way(module, args, {})
-            plans[key] = plan_for(module, type(module).forward, args, {})
+            plans[key] = plan_for(module, written, args, {})
         finally:
             module.training = was
     return plans

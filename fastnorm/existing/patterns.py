@@ -48,8 +48,10 @@ class Found:
 def norm_kind(norm: nn.Module | None) -> str:
     """The family whose forward a module runs; empty where it is none, or overridden."""
     families = {"batch": calls.BATCH, "group": calls.GROUP, "layer": calls.LAYER, "rms": calls.RMS}
+    forward = getattr(type(norm), "forward", None)
+    forward = getattr(forward, "computes", forward)  # of a class that a foreign one is merged with
     for name, forwards in families.items():
-        if norm is not None and type(norm).forward in forwards:
+        if norm is not None and forward in forwards:
             return "" if type(norm).__call__ is not nn.Module.__call__ else name
     return ""
 
@@ -88,6 +90,8 @@ class Graph:
             return ""
         if is_hooked(norm):
             self._refuse(node, "it has hooks")
+            return ""
+        if getattr(norm, "attributes_changed", False):
             return ""
         return kind
 

@@ -9,7 +9,12 @@ from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 
 from fastnorm.existing import classes, proof
-from fastnorm.existing.foreign import ChannelLayerNorm, ForeignLayerNorm, ForeignRMSNorm
+from fastnorm.existing.foreign import (
+    ChannelLayerNorm,
+    ForeignGroupNorm,
+    ForeignLayerNorm,
+    ForeignRMSNorm,
+)
 from fastnorm.modules.batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d
 from fastnorm.modules.group_norm import GroupNorm, InstanceNorm1d, InstanceNorm2d, InstanceNorm3d
 from fastnorm.modules.layer_norm import LayerNorm, RMSNorm
@@ -152,7 +157,7 @@ def _eps(module: nn.Module) -> tuple[float, ...]:
 def _swaps(module: nn.Module) -> Iterator[Swap]:
     """Every norm of ours with the module's parameters, most likely first."""
     if isinstance(module, nn.GroupNorm):
-        yield Swap(GroupNorm, {"activation": "identity"})
+        yield Swap(ForeignGroupNorm, {"activation": "identity"})
         return
     shape = _shape(module)
     assert shape is not None  # else it is unlike a norm

@@ -69,6 +69,8 @@ def _computed_by(module: nn.Module, proofs: Proofs) -> tuple[str, str]:
     verdict = recognise.verdict(module, True, proofs)
     if verdict.swap is not None:
         return "its own forward", "convert() has not been called"
+    if getattr(module, "attributes_changed", False):
+        return "its own forward", "one of its attributes has been set since convert()"
     if isinstance(module, (*recognise.TORCH.values(), *layers.FUSED)):
         return "fastnorm", ""
     return "its own forward", verdict.reason

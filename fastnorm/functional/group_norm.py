@@ -49,6 +49,8 @@ def group_norm(
         done = at_once(direct.group_norm, input, num_groups, weight, bias, eps, activation)
         if done is not None:
             return done
+    if type(num_groups) is not int:
+        num_groups = checks.group_count(num_groups)
     checks.group_statistics(input, num_groups, weight, bias)
     if residual is not None:
         checks.residual(residual, input.shape, input)

@@ -8,8 +8,11 @@ usual: torch.nn.utils.parametrize makes a parameter a property.
 
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 from torch.nn import Module
+
+from fastnorm.backend import backend_for
 
 
 def parameter(module: Module, name: str) -> Tensor | None:
@@ -46,6 +49,13 @@ def is_hooked(module: Module) -> bool:
         or of["_backward_hooks"]
         or of["_backward_pre_hooks"]
         or "forward" in of
+    )
+
+
+def is_exported(*inputs: object) -> bool:
+    """Whether torch.export records this, and no tensor is one that a kernel would be called for."""
+    return torch.compiler.is_exporting() and all(
+        backend_for(input) == "eager" for input in inputs if isinstance(input, Tensor)
     )
 
 

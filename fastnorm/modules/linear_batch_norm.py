@@ -10,6 +10,7 @@ from fastnorm.modules.attributes import (
     as_node,
     child,
     convolves_as,
+    is_exported,
     is_hooked,
     is_symbolic,
     operands,
@@ -29,8 +30,9 @@ def are_apart(
     """Whether a layer and its norm are to be called: one has hooks, or a forward of its own.
 
     By hooks torch.nn.utils.prune computes a weight anew; an adapter is a layer of its own, and
-    torch's convert_sync_batchnorm, or whoever freezes batch norms, puts another norm in. And to
-    torch.fx, of a whole that is all it traces, they are nodes.
+    torch's convert_sync_batchnorm, or whoever freezes batch norms, puts another norm in. To
+    torch.fx, of a whole that is all it traces, they are nodes. And torch.export names operators by
+    the modules that call them, where a quantizer looks for layers.
     """
     return (
         type(layer).forward is not kind.forward
@@ -38,6 +40,7 @@ def are_apart(
         or is_hooked(layer)
         or is_hooked(norm)
         or isinstance(input, torch.fx.Proxy)
+        or is_exported(input)
     )
 
 

@@ -73,6 +73,7 @@ def find(model: nn.Module, signals: Signals, input_failed: float) -> list[Findin
 def _not_finite(signals: Signals, input_failed: float) -> Iterator[Finding]:
     """The first event alone: NaN spreads to all that follows."""
     remedy = "look at this layer first; a smaller learning rate, bfloat16 or float32 for float16"
+    scaled = "; none for the first steps of a GradScaler, which it skips while it looks for a scale"
     events = [(layer.failed, "output", layer) for layer in signals]
     events += [(layer.gradient_failed, "gradient", layer) for layer in signals]
     when, what, layer = min(events, key=lambda event: event[0], default=(math.inf, "", None))
@@ -87,6 +88,7 @@ def _not_finite(signals: Signals, input_failed: float) -> Iterator[Finding]:
             evidence += "; so is the norm of its weight"
         elif broken:
             evidence += "; its weight holds NaN"
+        remedy += scaled if what == "gradient" else ""
         yield Finding(layer.name, "NaN or infinity", evidence, remedy)
 
 
@@ -223,6 +225,8 @@ def _structural(model: nn.Module) -> Iterator[Finding]:
     structure = read(model)
     modules = dict(model.named_modules())
     for layer, norm in redundant_biases(model, structure):
+        if modules[norm].running_mean is not None and not modules[norm].training:
+            continue  # its mean is the buffer's, whatever the bias
         own = getattr(modules[norm], "bias", None) is not None
         yield Finding(
             layer,

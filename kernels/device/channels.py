@@ -20,6 +20,7 @@ from fastnorm.kernels.device.tiles import (
     count_of_groups,
     count_of_tile,
     fold,
+    is_full,
     load_as,
     load_or,
     places_of_tile,
@@ -148,6 +149,20 @@ def load_stats(stats_ptr, c, cmask, C):
 
 
 @triton.jit
+def pivot_of_tile(
+    tile, N, S, x, mask, lane, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, LEAD: tl.constexpr
+):  # fmt: skip
+    """(scale, unit, pivot) of each channel, by the elements of a tile."""
+    samples = count_of_tile(tile, N, S, BLOCK_N, BLOCK_S)
+    if LEAD > 1:
+        x, samples = tl.where(mask, x, 0.0), tl.sum(mask.to(tl.int32), axis=0)
+    scale, unit = scale_of(tl.max(tl.abs(x), axis=0))
+    x *= unit[None, :]
+    pivot = tl.sum(tl.where((lane == LEAD - 1)[:, None], x, 0.0), axis=0)
+    return scale, unit, pivot_of(pivot, x, mask, 1.0 / samples.to(x.dtype))
+
+
+@triton.jit
 def moments_of_tiles(
     x_ptr, first, last, c, cmask, N, C, S, ACC: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -159,31 +174,30 @@ def moments_of_tiles(
     Elements are taken relative to a pivot, the mean of the first tile, so that a large mean costs
     no digits, and in a unit in which the squares of that tile do not overflow.
     """
-    lane = tl.arange(0, BLOCK_N * BLOCK_S)
+    LANES: tl.constexpr = BLOCK_N * BLOCK_S
+    lane = tl.arange(0, LANES)
     _, mask, read, rmask = places_of_tile(
         first, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD, FULL
     )
     x = load_as(x_ptr, read, rmask, ACC)
-    samples = count_of_tile(first, N, S, BLOCK_N, BLOCK_S)
-    if LEAD > 1:
-        x, samples = tl.where(mask, x, 0.0), tl.sum(mask.to(tl.int32), axis=0)
-    scale, unit = scale_of(tl.max(tl.abs(x), axis=0))
-    x *= unit[None, :]
-    pivot = tl.sum(tl.where((lane == LEAD - 1)[:, None], x, 0.0), axis=0)
-    pivot = pivot_of(pivot, x, mask, 1.0 / samples.to(ACC))
-
-    LANES: tl.constexpr = BLOCK_N * BLOCK_S // FOLD
-    count = tl.zeros((LANES, 1), ACC)
-    mean = tl.zeros((LANES, BLOCK_C), ACC)
-    m2 = tl.zeros((LANES, BLOCK_C), ACC)
+    scale, unit, pivot = pivot_of_tile(first, N, S, x, mask, lane, BLOCK_N, BLOCK_S, LEAD)
+    count = tl.zeros((LANES // FOLD, 1), ACC)
+    mean = tl.zeros((LANES // FOLD, BLOCK_C), ACC)
+    m2 = tl.zeros((LANES // FOLD, BLOCK_C), ACC)
     for tile in tl.range(first, last, num_stages=STAGES):
         _, mask, read, rmask = places_of_tile(
             tile, N, C, S, c, cmask, lane, BLOCK_N, BLOCK_S, COLUMNS, LEAD, FULL
         )
         x = load_as(x_ptr, read, rmask, ACC)
-        count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, RUN, FULL, c, C, LEAD)
         d = x * unit[None, :] - pivot[None, :]
-        mean_t, m2_t = fold_moments(d, mask, count_t, FOLD, RUN)
+        if FULL:
+            count_t = tl.full((LANES // FOLD, 1), FOLD, ACC)
+        else:  # not within the branch below: Triton's compiler for AMD would not come to an end
+            count_t = count_of_groups(tile, N, S, ACC, BLOCK_N, BLOCK_S, FOLD, RUN, c, C, LEAD)
+        if not FULL and (BLOCK_N > 1 or not is_full(tile, N, C, S, c, 1, BLOCK_S, LEAD)):
+            mean_t, m2_t = fold_moments(d, mask, count_t, FOLD, RUN)
+        else:
+            mean_t, m2_t = fold_moments(d, None, count_t, FOLD, RUN)
         count, mean, m2 = merge_counted(count, mean, m2, count_t, mean_t, m2_t)
 
     count, mean, std = merge_lanes(count, mean, m2)

@@ -41,13 +41,13 @@ def sqrt(x):
 
 
 @triton.jit
-def reciprocal(x):
-    """1 / x for a normal x, corrected likewise: a plain division may be off by two ulps."""
-    guess = 1.0 / x
+def rsqrt(x):
+    """1 / √x for a normal x to about an ulp, likewise: by one step of Newton's method."""
     if x.dtype == tl.float64:
-        return guess
-    corrected = tl.fma(guess, tl.fma(-x, guess, 1.0), guess)
-    return tl.where((tl.abs(guess) > 0.0) & is_finite(guess), corrected, guess)
+        return 1.0 / tl.sqrt(x)
+    guess = tl.rsqrt(x)
+    corrected = tl.fma(0.5 * guess, tl.fma(-x * guess, guess, 1.0), guess)
+    return tl.where((guess > 0.0) & is_finite(guess), corrected, guess)
 
 
 @triton.jit
@@ -64,7 +64,8 @@ def quotient(a, b):
 def scale_of(size):
     """(unit, 1 / unit) in which numbers up to `size` are squared. A division might be inexact."""
     large = size > HUGE
-    return tl.where(large, UNIT, 1.0), tl.where(large, 1.0 / UNIT, 1.0)
+    one = tl.full(size.shape, 1.0, size.dtype)
+    return tl.where(large, UNIT, one), tl.where(large, 1.0 / UNIT, one)
 
 
 @triton.jit
@@ -90,9 +91,17 @@ def pivot_of(first, x, inside, share):
 
 @triton.jit
 def fold_moments(d, inside, count, FOLD: tl.constexpr, RUN: tl.constexpr):
-    """(mean, m2) of each group of FOLD lanes that one thread owns, in two passes."""
-    mean = fold(tl.where(inside, d, 0.0), FOLD, RUN) * (1.0 / tl.maximum(count, 1.0))
-    d = tl.where(inside, d - unfold(mean, FOLD, RUN), 0.0)
+    """(mean, m2) of each group of FOLD lanes that one thread owns, in two passes.
+
+    `inside` is None where all of them are, or 0: a comparison and two choices an element cost more
+    than the sums.
+    """
+    if inside is not None:
+        d = tl.where(inside, d, 0.0)
+    mean = fold(d, FOLD, RUN) * (1.0 / tl.maximum(count, 1.0))
+    d -= unfold(mean, FOLD, RUN)
+    if inside is not None:
+        d = tl.where(inside, d, 0.0)
     return mean, fold(d * d, FOLD, RUN)
 
 
@@ -143,8 +152,14 @@ def merge_two(count_a, mean_a, std_a, count_b, mean_b, std_b):
 
 
 @triton.jit
+def rstd_of_var(var, unit, eps):
+    """1 / √(std² + eps), where var = (std · unit)²."""
+    eps = tl.full((), eps, var.dtype)
+    return unit * rsqrt(var + eps * unit * unit)
+
+
+@triton.jit
 def rstd_of(std, eps):
     """1 / √(std² + eps), also where std² overflows."""
     _, unit = scale_of(std)
-    scaled = std * unit
-    return unit * reciprocal(sqrt(scaled * scaled + eps * unit * unit))
+    return rstd_of_var(std * unit * (std * unit), unit, eps)

@@ -13,6 +13,7 @@ from fastnorm.kernels.device.moments import (
     is_finite,
     merge_two,
     quotient,
+    rstd_of_var,
     scale_of,
     sqrt,
 )
@@ -64,21 +65,23 @@ def deviations(x, inside, count, CENTER: tl.constexpr):
 
 
 @triton.jit
-def row_moments(x, inside, count, CENTER: tl.constexpr):
-    """(mean, rest, std, x − mean − rest) of each row of a tile, and 0 outside, as x is."""
+def row_moments(x, inside, count, eps, CENTER: tl.constexpr):
+    """(mean, rest, std, rstd, x − mean − rest) of each row of a tile, and 0 outside, as x is."""
     mean, rest, d = deviations(x, inside, count, CENTER)
-    std = sqrt(tl.sum(d * d, axis=1) / count)
-    if tl.max(tl.where(is_finite(std), 0, 1), axis=0) > 0:  # a sum overflowed, or x is not finite
+    var = tl.sum(d * d, axis=1) / count
+    std, rstd = sqrt(var), rstd_of_var(var, 1.0, eps)  # nothing is computed that nobody takes
+    if tl.max(tl.where(is_finite(var), 0, 1), axis=0) > 0:  # a sum overflowed, or x is not finite
         scale, unit = scale_of(tl.max(tl.abs(x), axis=1))
         x_u = x * unit[:, None]
         mean, rest, d = deviations(x_u, inside, count, CENTER)
         if CENTER:  # an infinite mean is one, and no NaN
             mean = tl.where(is_finite(mean), mean, tl.sum(x_u, axis=1) / count)
-        std = sqrt(tl.sum(d * d, axis=1) / count) * scale
+        var = tl.sum(d * d, axis=1) / count
+        std, rstd = sqrt(var) * scale, rstd_of_var(var, unit, eps)
         mean *= scale
         rest *= scale
         d = centered(x, mean, rest, CENTER)
-    return mean, rest, std, d
+    return mean, rest, std, rstd, d
 
 
 @triton.jit
@@ -110,7 +113,7 @@ def moments_of_row(
         x = load_sum(x_ptr, at, residual_ptr, at, sum_ptr, mask, ACC)
         store_cast(sum_ptr, at, x, mask)
         count_t = tl.sum(mask.to(tl.int32), axis=1).to(ACC)
-        mean_t, rest_t, std_t, _ = row_moments(x, mask, count_t, CENTER)
+        mean_t, rest_t, std_t, _, _ = row_moments(x, mask, count_t, 0.0, CENTER)
         if tile == first:
             base = finite_or_zero(mean_t)
         mean_t = (mean_t - base) + rest_t

@@ -37,11 +37,11 @@ def lanes_of_tile(
 ):
     """(n, s, inside) of some lanes of tile number `tile`; n and s as int64.
 
-    FULL: no tile reaches beyond S, as the compiler can see.
+    FULL: the tile reaches beyond neither, as the compiler can see.
     """
     n, s, samples, positions = start_of_tile(tile, N, S, BLOCK_N, BLOCK_S)
     inside = tl.full(lane.shape, 1, tl.int1) if FULL else lane % BLOCK_S < positions
-    if BLOCK_N > 1:
+    if BLOCK_N > 1 and not FULL:
         inside &= lane // BLOCK_S < samples
     return n + lane // BLOCK_S, s + lane % BLOCK_S, inside
 
@@ -87,9 +87,22 @@ def count_of_tile(tile, N, S, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr):
 
 
 @triton.jit
+def is_full(
+    tile, N, C, S, c, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, LEAD: tl.constexpr
+):  # fmt: skip
+    """Whether all lanes of a tile are inside."""
+    if LEAD == 1:
+        return count_of_tile(tile, N, S, BLOCK_N, BLOCK_S) == BLOCK_N * BLOCK_S
+    else:
+        _, lead, first = row_of_tile(tile, N, C, S, c, BLOCK_S, LEAD)
+        inside = (first >= lead) & (first + BLOCK_S <= lead + S.to(tl.int32))
+        return tl.min(inside.to(tl.int32), axis=0) > 0
+
+
+@triton.jit
 def count_of_groups(
     tile, N, S, ACC: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
-    FOLD: tl.constexpr, RUN: tl.constexpr, FULL: tl.constexpr, c, C, LEAD: tl.constexpr,
+    FOLD: tl.constexpr, RUN: tl.constexpr, c, C, LEAD: tl.constexpr,
 ):  # fmt: skip
     """How many lanes of each group that `fold` sums are inside: (lanes / FOLD, 1).
 
@@ -101,7 +114,7 @@ def count_of_groups(
     for k in tl.static_range(FOLD // RUN):
         lane = (k * GROUPS + run) * RUN
         if LEAD == 1:
-            _, _, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S, FULL)
+            _, _, inside = lanes_of_tile(tile, N, S, lane, BLOCK_N, BLOCK_S)
             found += inside.to(tl.int32) * RUN
         else:
             _, lead, first = row_of_tile(tile, N, C, S, c, BLOCK_S, LEAD)
