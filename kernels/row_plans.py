@@ -24,7 +24,7 @@ ROW_WARPS = 16  # of a multiprocessor: 128 registers a thread
 # A forward of whole rows: (its columns up to, 16-bit elements a thread, warps of a multiprocessor).
 # A thread of many elements spends less on sums across threads. Up to KEPT_ROW columns a program
 # keeps their parameters, too.
-ROW_FORWARD = ((128, 16, 22), (256, 32, 18), (512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
+ROW_FORWARD = ((128, 16, 22), (256, 32, 17), (512, 16, 22), (4096, 32, 12), (WIDEST_ROW, 32, 16))
 KEPT_ROW = 4096
 AHEAD_BYTES = 65536  # of a multiprocessor: more under way is of no use
 
