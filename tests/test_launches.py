@@ -71,8 +71,8 @@ def test_shares_leave_the_busiest_processor_least(tiles, others, share):
     ("N", "C", "S", "itemsize", "lead"),
     [
         (256, 288, 35 * 35, 2, 8),
-        (128, 64, 55 * 55, 2, 8),  # two tiles
-        (8, 8, 55 * 55, 2, 1),  # too few rows to be shared whole
+        (128, 64, 55 * 55, 2, 8),  # more tiles than are a program's however few rows there are
+        (8, 8, 55 * 55, 2, 1),  # too few of those
         (8, 8, 33 * 33, 2, 8),
         (256, 289, 35 * 35, 2, 1),  # a sample ends within a vector
         (256, 288, 2045, 2, 1),  # with what lies before it, a tile more
